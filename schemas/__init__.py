@@ -1,0 +1,1 @@
+"""What crosses a boundary: the run config, Arrow schemas, SQL, the viewer's JSON and the errors."""

@@ -1,0 +1,224 @@
+"""The run config: one YAML file describes a run and is validated whole before anything starts."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sae.schemas.errors import ConfigError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Subject(_Section):
+    """The language model and the place in it where activations are read."""
+
+    model: str = Field(min_length=1, description="a name or folder that transformer_lens boots, or smollm2")
+    hook: str = Field(min_length=1, description="blocks.8.hook_resid_post, or LOCATION.LAYER")
+    layers: Count | None = Field(None, description="load only the first N blocks")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    masked_positions: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="positions of a context (attention sinks) left out of training and of the tables"
+    )
+
+
+class Corpus(_Section):
+    """The text: .txt, .jsonl(.gz, .zst, .xz) or .parquet files, local or in an object store."""
+
+    name: Name
+    paths: list[str] = Field(min_length=1)
+    text: str = "text"
+    id: str | None = None
+    source: str | None = None
+    context_length: Annotated[int, Field(ge=2, le=65536)] = 64
+    prepend_bos: bool = False
+    on_bad_row: Literal["stop", "skip"] = "stop"
+
+
+class Autoencoder(_Section):
+    """Shape and activation of the sparse autoencoder (Gao et al. 2024, section 2)."""
+
+    name: Name
+    n_latents: Count
+    k: Count = 32
+    auxk: Annotated[int, Field(ge=0)] = 256
+    activation: Literal["topk", "relu"] = "topk"
+    normalize: bool = True
+    tied: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.activation == "topk" and self.k > self.n_latents:
+            raise ValueError(f"k is {self.k}, more than n_latents {self.n_latents}; choose k <= n_latents")
+        return self
+
+
+class Training(_Section):
+    """Optimisation; all lengths are counted in tokens."""
+
+    tokens: Count = 50_000_000
+    batch_tokens: Count = 131_072
+    lr: float = Field(1e-4, gt=0)
+    warmup_tokens: Annotated[int, Field(ge=0)] = 0
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="last part of the run over which the learning rate falls to zero"
+    )
+    auxk_coef: float = Field(1 / 32, ge=0)
+    l1_coef: float = Field(0.0, ge=0, description="weight of the L1 loss; for activation relu")
+    dead_tokens: Count = Field(10_000_000, description="tokens without firing after which a latent is dead")
+    ema: Fraction = 0.999
+    clip_norm: float | None = Field(None, gt=0)
+    source: Literal["live", "cached"] = "live"
+    buffer_tokens: Count = Field(262_144, description="tokens that are shuffled together")
+    harvest_batch: Count = Field(16, description="contexts in one forward pass of the subject")
+    validation: Fraction = Field(0.02, description="part of the documents held out of training")
+    validation_tokens: Count = 16_384
+    checkpoint_tokens: Count = 10_000_000
+    keep_checkpoints: Count = 2
+    log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class Encode(_Section):
+    """How the corpus becomes latent rows. Only batch_contexts may change between two commands."""
+
+    batch_contexts: Count = 16
+    run_tokens: Count = Field(262_144, description="tokens in one sorted run, the unit of work and of retry")
+    bin_width: float = Field(0.2, gt=0, description="width of a histogram bin, in activation units")
+    examples: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="top and random examples an atom")
+
+
+class Compact(_Section):
+    file_rows: Count = Field(100_000_000, description="rows aimed at in one file of an atom range")
+
+
+class Evaluate(_Section):
+    tokens: Count = 8_192
+    batch_contexts: Count = 8
+
+
+class Export(_Section):
+    folder: str = "viewer-data"
+    atoms: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="first and last atom, both included; all when absent"
+    )
+    path: str = Field(
+        "{subject}/v5_l8_postmlp/n{n_latents}/k{k}",
+        description="folder of one autoencoder; the default is one that the reference viewer routes to",
+    )
+    decimals: Annotated[int, Field(ge=1, le=9)] = 4
+
+
+class Cluster(_Section):
+    address: str = Field("local", description="local, auto, or the address of a Ray head")
+    tp: Literal[1] = 1
+    dp: Literal[1] = 1
+    harvest_actors: Count = 1
+    encode_actors: Count = 1
+
+
+class Run(_Section):
+    """One run: every step reads the same file."""
+
+    lake: str = Field(min_length=1)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    subject: Subject
+    corpus: Corpus
+    autoencoder: Autoencoder
+    training: Training = Training()
+    encode: Encode = Encode()
+    compact: Compact = Compact()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        kept = set(range(self.corpus.context_length)) - set(self.subject.masked_positions)
+        if not kept:
+            raise ValueError(
+                f"subject.masked_positions {list(self.subject.masked_positions)} leaves no token of a context of "
+                f"{self.corpus.context_length}; mask fewer positions"
+            )
+        if self.autoencoder.activation == "topk" and self.training.l1_coef > 0:
+            raise ValueError("training.l1_coef is for autoencoder.activation relu; with topk it must be 0")
+        if self.training.batch_tokens > self.training.tokens:
+            raise ValueError(
+                f"training.batch_tokens is {self.training.batch_tokens}, more than training.tokens "
+                f"{self.training.tokens}; lower it or train on more tokens"
+            )
+        return self
+
+
+def parse(text: str, overrides: Sequence[tuple[str, str]] = (), source: str = "config") -> Run:
+    """The validated config of a YAML text, with `section.key` overrides put over it.
+
+    Raises ConfigError with one line for each fault: key, value given, what is allowed.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source}: expected sections such as 'subject:', got {_shown(values)}")
+    for key, value in overrides:
+        _override(values, key, value)
+    try:
+        return Run.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {line}" for line in _fault_lines(error))) from None
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--{key}: {section} is a single value, not a section")
+        values = inner
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--{key}: {text!r} is not a valid YAML value; quote it") from None
+
+
+def _fault_lines(error: ValidationError) -> Iterator[str]:
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{key}: unknown key; {_allowed_keys(fault['loc'])}"
+        elif fault["type"] == "missing":
+            yield f"{key}: missing; it must be given"
+        elif fault["type"] == "value_error":
+            yield f"{key + ': ' if key else ''}{fault['ctx']['error']}"
+        else:
+            expected = fault["msg"].replace("Input should be", "expected")
+            yield f"{key}: got {_shown(fault['input'])}; {expected[0].lower()}{expected[1:]}"
+
+
+def _allowed_keys(location: tuple[int | str, ...]) -> str:
+    section: type[BaseModel] = Run
+    for part in location[:-1]:
+        annotation = section.model_fields[str(part)].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return "no keys are allowed here"
+        section = annotation
+    allowed = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{hint}allowed: {', '.join(allowed)}"
+
+
+def _shown(value: object) -> str:
+    return _one_line(repr(value))[:80]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,160 @@
+"""Arrow schemas of the lake's tables: grain, units and order.
+
+A table's grain and order are kept in its schema's metadata, so that a Parquet file explains itself.
+Positions count from 0 within a context; activations have the unit of the autoencoder's latents.
+"""
+
+from typing import Final
+
+import pyarrow as pa
+
+# An id holds the corpus number in its high bits and the ordinal within the corpus below, and stays under 2**53, so
+# that it survives JSON readers that know only doubles.
+CORPUS_SHIFT: Final = 40
+MAX_CORPORA: Final = 2 ** (53 - CORPUS_SHIFT)
+
+
+def _table(grain: str, order: str, *fields: tuple[str, pa.DataType]) -> pa.Schema:
+    return pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in fields], metadata={"grain": grain, "order": order}
+    )
+
+
+DOCUMENTS = _table(
+    "one row per document",
+    "doc_id",
+    ("doc_id", pa.int64()),
+    ("source", pa.string()),
+    ("external_id", pa.string()),
+    ("n_tokens", pa.int64()),
+)
+
+CONTEXTS = _table(
+    "one row per token window of one document",
+    "context_id",
+    ("context_id", pa.int64()),
+    ("doc_id", pa.int64()),
+    ("start", pa.int32()),
+    ("token_ids", pa.list_(pa.field("item", pa.int32(), nullable=False))),
+)
+
+VOCABULARY = _table(
+    "one row per token id of a corpus' tokenizer", "token_id", ("token_id", pa.int32()), ("token", pa.string())
+)
+
+
+def activations(d_model: int) -> pa.Schema:
+    """The cache of subject activations; width d_model, half precision."""
+    vector = pa.list_(pa.field("item", pa.float16(), nullable=False), d_model)
+    return _table(
+        "one row per kept token",
+        "context_id, pos",
+        ("context_id", pa.int64()),
+        ("pos", pa.uint16()),
+        ("vector", vector),
+    )
+
+
+LATENTS = _table(
+    "one row per nonzero latent; act is rounded to 10 mantissa bits",
+    "atom, context_id, pos",
+    ("atom", pa.int32()),
+    ("context_id", pa.int64()),
+    ("pos", pa.uint16()),
+    ("act", pa.float32()),
+)
+
+MOMENTS = _table(
+    "one row per (run, atom) with n_active > 0; sums are over activations > 0",
+    "atom",
+    ("run", pa.int32()),
+    ("atom", pa.int32()),
+    ("n_active", pa.int64()),
+    ("sum_act", pa.float64()),
+    ("sum_act2", pa.float64()),
+    ("sum_act3", pa.float64()),
+    ("sum_act4", pa.float64()),
+    ("max_act", pa.float32()),
+)
+
+HISTOGRAMS = _table(
+    "one row per (run, atom, bin); bin = ceil(act / bin_width), the width is a property of the encoding",
+    "atom, bin",
+    ("run", pa.int32()),
+    ("atom", pa.int32()),
+    ("bin", pa.int32()),
+    ("n", pa.int64()),
+)
+
+TOP = _table(
+    "up to 50 rows per (run, atom): the contexts with the highest activation; pos is its first position",
+    "atom, act descending, context_id",
+    ("run", pa.int32()),
+    ("atom", pa.int32()),
+    ("context_id", pa.int64()),
+    ("pos", pa.uint16()),
+    ("act", pa.float32()),
+)
+
+SAMPLES = _table(
+    "up to 50 rows per (run, atom): the activations with the smallest priority, a uniform sample that merges exactly",
+    "atom, priority, context_id, pos",
+    ("run", pa.int32()),
+    ("atom", pa.int32()),
+    ("context_id", pa.int64()),
+    ("pos", pa.uint16()),
+    ("act", pa.float32()),
+    ("priority", pa.uint64()),
+)
+
+ATOMS = pa.schema(
+    [
+        pa.field("atom", pa.int32(), nullable=False),
+        pa.field("n_active", pa.int64(), nullable=False),
+        pa.field("n_tokens", pa.int64(), nullable=False),
+        pa.field("density", pa.float64(), nullable=False),
+        pa.field("mean_act", pa.float64(), nullable=False),
+        pa.field("mean_act_squared", pa.float64(), nullable=False),
+        pa.field("skew", pa.float64()),
+        pa.field("kurtosis", pa.float64()),
+        pa.field("max_act", pa.float64(), nullable=False),
+    ],
+    metadata={"grain": "one row per atom; moments are over all tokens, zeros included", "order": "atom"},
+)
+
+EXAMPLES = _table(
+    "one row per (atom, kind, rank); kind is top or random",
+    "atom, kind, rank",
+    ("atom", pa.int32()),
+    ("kind", pa.string()),
+    ("rank", pa.int32()),
+    ("context_id", pa.int64()),
+    ("pos", pa.uint16()),
+    ("act", pa.float32()),
+)
+
+METRICS = _table(
+    "one row per (phase, step, metric); phase is train, validation or evaluate",
+    "step, metric",
+    ("phase", pa.string()),
+    ("step", pa.int64()),
+    ("tokens", pa.int64()),
+    ("metric", pa.string()),
+    ("value", pa.float64()),
+)
+
+# Width 0 stands for any: the activations of an autoencoder's subject have one width each.
+SCHEMAS: Final[dict[str, pa.Schema]] = {
+    "documents": DOCUMENTS,
+    "contexts": CONTEXTS,
+    "vocabulary": VOCABULARY,
+    "activations": activations(0),
+    "latents": LATENTS,
+    "moments": MOMENTS,
+    "histograms": HISTOGRAMS,
+    "top": TOP,
+    "samples": SAMPLES,
+    "atoms": ATOMS,
+    "examples": EXAMPLES,
+    "metrics": METRICS,
+}
