@@ -1,0 +1,71 @@
+# make env    a virtual environment in .venv with exactly the versions of requirements.lock
+# make demo   real text and a real language model to a trained autoencoder, tables, SQL and viewer JSON
+# make test   all tests that need no GPU        make check  lint, types, structure, secrets
+# make bench  benchmarks that need no GPU       make fmt    format the code
+# make clean  remove what the other targets made, .venv excepted
+#
+# PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
+# KEEP_TORCH=1  keep the torch and triton that .venv has or sees already, such as a GPU build of your own
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+KEEP_TORCH ?=
+PYTEST_ARGS ?=
+PY := .venv/bin/python
+STAMP := .venv/installed
+LOCK := requirements.lock
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+
+# Spinning worker threads slow each other down many times over when cores are shared.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help env demo test check fmt bench clean
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+env: $(STAMP)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+	    f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}: " \
+	    "name another one with make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+
+# torch comes first and alone with its dependencies, so that pip picks the build (CPU or CUDA) of this
+# machine; everything else is pinned in the lock and needs no resolving.
+$(STAMP): $(LOCK) pyproject.toml | $(PY)
+	$(if $(KEEP_TORCH),,$(PIP) -r <(grep -E '^(torch|triton)==' $(LOCK)))
+	$(PIP) --no-deps -r <(grep -vE '^(torch|triton)==' $(LOCK))
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: env
+	$(PY) -m sae.jobs.demo
+
+test: env
+	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+check: env
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(PY) -m pytest -q tests/test_structure.py
+	bash -n .ci/run
+	git ls-files -z --cached --others --exclude-standard | xargs -0 .venv/bin/detect-secrets-hook --no-verify
+
+fmt: env
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: env
+	@for name in $(basename $(notdir $(wildcard benchmarks/bench_*.py))); do \
+	    echo "== $$name"; $(PY) -m "benchmarks.$$name"; done
+
+clean:
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""One file a pipeline step, plus the lake, the cluster and the command line."""
