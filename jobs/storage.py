@@ -107,14 +107,15 @@ def reading(path: str) -> Iterator[None]:
     """Turn what a store raises while `path` is read into a StorageError that names it."""
     try:
         yield
-    except FileNotFoundError as error:
-        raise StorageError(f"{path}: no such file, folder or bucket; check the path") from error
     except IsADirectoryError as error:
         raise StorageError(f"{path}: is a folder, a file was expected") from error
     except (PermissionError, PermissionDeniedError, UnauthenticatedError) as error:
         raise StorageError(f"{path}: permission denied; {_CREDENTIALS[scheme(path)]}") from error
-    except (ObstoreError, blobfile.Error) as error:
-        raise StorageError(f"cannot read {path}: {_one_line(error)}; {_CREDENTIALS[scheme(path)]}") from error
+    except (FileNotFoundError, ObstoreError, blobfile.Error) as error:
+        if _is_missing(error):
+            raise StorageError(f"{path}: no such file, folder or bucket; check the path") from error
+        hint = f"check the network and the credentials: {_CREDENTIALS[scheme(path)]}"
+        raise StorageError(f"cannot read {path}: {_one_line(error)}; {hint}") from error
     except OSError as error:
         if error.errno is None:  # a decoder's complaint about the contents, not the system's
             raise
@@ -155,7 +156,9 @@ def exists(path: str) -> bool:
         store, key = _s3(path)
         try:
             return _file_size(path) is not None or any(obstore.list(store, key, chunk_size=1))
-        except FileNotFoundError:  # the bucket
+        except (FileNotFoundError, ObstoreError) as error:
+            if not _is_missing(error):
+                raise
             return False
 
 
@@ -244,7 +247,8 @@ def _list_local(prefix: str, depth: int | None) -> Iterator[FileInfo]:
 
 
 def _list_blobs(prefix: str, depth: int | None) -> Iterator[FileInfo]:
-    for entry in _blobs.scanglob(prefix + ("*" if depth == 1 else "**")):
+    listable = re.split(r"[\[\]]", prefix)[0]  # blobfile takes no brackets in a pattern, even as themselves
+    for entry in _blobs.scanglob(listable + ("*" if depth == 1 and listable == prefix else "**")):
         if entry.is_file and entry.stat is not None:
             yield FileInfo(entry.path, entry.stat.size)
 
@@ -464,6 +468,10 @@ def _sync(path: str) -> None:
         os.close(descriptor)
 
 
-def _one_line(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error).split())
+def _is_missing(error: Exception) -> bool:
+    return isinstance(error, FileNotFoundError) or "NoSuchBucket" in str(error)
+
+
+def _one_line(error: Exception, limit: int = 300) -> str:
+    text = " ".join(str(error).partition("Debug source")[0].split())
     return text if len(text) <= limit else text[:limit] + "..."

