@@ -1,1 +1,1 @@
-"""Measurements: `make bench` runs every bench_*.py that needs no GPU."""
+"""Measurements, one a module; `make bench` runs those that need no GPU."""
