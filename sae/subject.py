@@ -1,0 +1,348 @@
+"""The subject model: any model that transformer_lens' TransformerBridge boots, run up to one hook point.
+
+Shapes: B contexts, T tokens, d width at the hook, V vocabulary.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
+
+from sae.pretrained import (
+    DTYPES,
+    boot,
+    context_limit,
+    load_config,
+    load_tokenizer,
+    model_context_limit,
+    sha256,
+    token_strings,
+    weights_identity,
+)
+from sae.schemas.errors import SubjectError
+
+__all__ = [
+    "DTYPES",
+    "LOCATIONS",
+    "Subject",
+    "load_tokenizer",
+    "model_context_limit",
+    "resolve_hook",
+    "token_strings",
+]
+
+# The five locations of Gao et al. 2024, as transformer_lens names them.
+LOCATIONS = {
+    "mlp_post_act": "mlp.hook_post",
+    "resid_delta_attn": "hook_attn_out",
+    "resid_post_attn": "hook_resid_mid",
+    "resid_delta_mlp": "hook_mlp_out",
+    "resid_post_mlp": "hook_resid_post",
+}
+
+# Contexts are right-padded to a multiple of this. CPU matrix and attention kernels sum in another order at
+# other widths (seen at 7 and 33 tokens, not between multiples of 16 below 192), so without it the bits of a
+# row would depend on the longest row of its batch.
+PAD_MULTIPLE = 16
+
+
+def resolve_hook(name: str) -> str:
+    """Return the transformer_lens name of `name`: `resid_post_mlp.8` becomes `blocks.8.hook_resid_post`."""
+    match = re.fullmatch(r"(\w+)\.(\d+)", name)
+    if match and match[1] in LOCATIONS:
+        return f"blocks.{int(match[2])}.{LOCATIONS[match[1]]}"
+    return name
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject model and the hook point whose activations are studied. Made by `Subject.load`."""
+
+    model: str
+    hook: str  # transformer_lens name
+    d_model: int  # width of the activations at the hook
+    context_limit: int
+    vocab_size: int
+    tokenizer: Any
+    bos_id: int | None
+    masked_positions: tuple[int, ...]
+    fingerprint: (
+        str  # of everything that decides the activations: model, hook, layers, dtype, masked positions
+    )
+    complete: bool  # False if only the first layers were loaded
+    bridge: Any
+    device: torch.device
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        hook: str,
+        *,
+        layers: int | None = None,
+        dtype: str = "float32",
+        device: str = "cpu",
+        masked_positions: Sequence[int] = (),
+    ) -> "Subject":
+        """Boot `model` and check that `hook` gives one vector a token.
+
+        Args:
+            model: "smollm2", a local Hugging Face folder, or a name on the Hugging Face hub.
+            hook: a transformer_lens name (`blocks.4.hook_resid_pre`), or `LOCATION.LAYER` with one of
+                `LOCATIONS`.
+            layers: load the first so many blocks only; None loads all.
+            dtype: of weights and activations, one of `DTYPES`.
+            device: a torch device.
+            masked_positions: token positions to leave out, such as attention sinks; see `keep_mask`.
+
+        Raises:
+            SubjectError: the model is not found or damaged, or has no such hook, layer or dtype.
+        """
+        _check_options(dtype, device, masked_positions)
+        config = load_config(model)
+        n_layers = int(config.get_text_config().num_hidden_layers)
+        if layers is not None and not 1 <= layers <= n_layers:
+            raise SubjectError(
+                f"subject.layers: {layers} given, {model} has {n_layers}; choose 1 to {n_layers}"
+            )
+        name = resolve_hook(hook)
+        _check_layer(name, layers or n_layers, n_layers, model)
+        tokenizer = load_tokenizer(model)
+        bridge = boot(model, config, layers, dtype, device, tokenizer)
+        _check_hook(bridge, name, hook)
+        d_model = _probe_width(bridge, name, hook)
+        _use_fused_attention(bridge, name)
+        masked = tuple(sorted(set(masked_positions)))
+        identity = {
+            "model": weights_identity(model, config),
+            "hook": name,
+            "layers": layers if layers != n_layers else None,
+            "dtype": dtype,
+            "masked_positions": masked,
+        }
+        return cls(
+            model=model,
+            hook=name,
+            d_model=d_model,
+            context_limit=context_limit(model, config),
+            vocab_size=int(config.get_text_config().vocab_size),
+            tokenizer=tokenizer,
+            bos_id=tokenizer.bos_token_id,
+            masked_positions=masked,
+            fingerprint=sha256(json.dumps(identity, sort_keys=True).encode()),
+            complete=layers in (None, n_layers),
+            bridge=bridge,
+            device=torch.device(device),
+        )
+
+    def activations(self, token_ids: Tensor) -> Tensor:
+        """Run the model up to the hook, and no further.
+
+        Contexts that are shorter than T are padded on the right with any token: attention is causal, so
+        nothing at a real position depends on it. On the CPU tried, a row's result is bitwise the same at
+        any batch size and number of threads, and, up to 176 tokens, at any T; longer contexts need one T.
+
+        Args:
+            token_ids: [B, T] int64.
+
+        Returns:
+            [B, T, d] in the model's dtype, on its device. Positions of padding hold numbers without meaning.
+
+        Raises:
+            SubjectError: an id outside the vocabulary, a context that is too long, or activations with NaN or
+                infinity (with the row and position of the first).
+        """
+        acts = _capture(self.bridge, self.hook, self._padded(token_ids))[:, : token_ids.shape[1]]
+        if not bool(torch.isfinite(acts).all()):
+            row, position, _ = (~torch.isfinite(acts)).nonzero()[0].tolist()
+            raise SubjectError(
+                f"{self.model} at {self.hook}: activation is NaN or infinite in row {row} of the batch, "
+                f"position {position}; try subject.dtype float32, or check the model's weights"
+            )
+        return acts
+
+    def logits_loss(
+        self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None, lengths: Tensor
+    ) -> Tensor:
+        """Return the model's next-token cross-entropy, with the hook's activations replaced.
+
+        Args:
+            token_ids: [B, T] int64, padded on the right.
+            replace: maps activations [B, T, d] to what the model shall go on with, of the same shape; None
+                leaves them. It sees every position, masked ones and padding too.
+            lengths: [B] real tokens of each row.
+
+        Returns:
+            [B, T-1] float32, nats; entry t is the loss of predicting token t+1, zero where that is padding.
+
+        Raises:
+            SubjectError: only the first layers are loaded, or as for `activations`.
+        """
+        if not self.complete:
+            raise SubjectError(
+                f"{self.model}: the loss needs all layers, only the first are loaded; leave out "
+                "subject.layers"
+            )
+        width = token_ids.shape[1]
+        ids = self._padded(token_ids)
+        logits = _run(self.bridge, self.hook, ids, _replacer(replace, width))[:, : width - 1]
+        targets = ids[:, 1:width]
+        # Row by row: a float32 copy of all logits would double the peak memory.
+        pairs = zip(logits, targets, strict=True)
+        losses = torch.stack([F.cross_entropy(row.float(), ids, reduction="none") for row, ids in pairs])
+        is_real = torch.arange(1, width, device=ids.device) < lengths.to(ids.device)[:, None]
+        return losses.where(is_real, 0.0)
+
+    def keep_mask(self, lengths: Tensor, width: int) -> Tensor:
+        """Return [B, width] bool: True at real tokens (of `lengths` [B]) outside `masked_positions`."""
+        positions = torch.arange(width, device=lengths.device)
+        masked = torch.tensor(self.masked_positions, dtype=torch.int64, device=lengths.device)
+        return (positions < lengths[:, None]) & ~torch.isin(positions, masked)
+
+    def _padded(self, token_ids: Tensor) -> Tensor:
+        width = token_ids.shape[1]
+        if width > self.context_limit:
+            raise SubjectError(
+                f"{self.model}: a context of {width} tokens is longer than the model's limit of "
+                f"{self.context_limit}; lower corpus.context_length"
+            )
+        if token_ids.numel() and not 0 <= int(token_ids.min()) <= int(token_ids.max()) < self.vocab_size:
+            raise SubjectError(
+                f"{self.model}: token ids {int(token_ids.min())} to {int(token_ids.max())} given, the "
+                "vocabulary "
+                f"is 0 to {self.vocab_size - 1}; tokenize the corpus with this model's tokenizer"
+            )
+        padded = min(-(-width // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_limit)
+        return F.pad(token_ids.to(self.device), (0, padded - width))
+
+
+Hook = Callable[..., Tensor | None]
+
+
+@torch.no_grad()
+def _run(bridge: Any, name: str, token_ids: Tensor, hook: Hook, return_type: str | None = "logits") -> Any:
+    # run_with_hooks would build its table of hook points anew for every batch.
+    point = bridge.hook_dict[name]
+    point.add_hook(hook)
+    try:
+        return bridge(token_ids, return_type=return_type, use_cache=False)
+    finally:
+        point.remove_hooks("fwd")
+
+
+def _capture(bridge: Any, name: str, token_ids: Tensor) -> Tensor:
+    """Activations [B, T, d] at hook point `name`; heads and their width are flattened into d."""
+
+    def stop(acts: Tensor, hook: Any) -> Tensor | None:
+        raise StopAtLayerException(acts)  # the bridge returns what it carries
+
+    acts = _run(bridge, name, token_ids, stop, return_type=None)
+    if not isinstance(acts, Tensor):
+        raise SubjectError(f"hook {name}: it exists but never fires in this model; choose another hook")
+    return acts.flatten(2) if acts.ndim > 3 else acts
+
+
+def _replacer(replace: Callable[[Tensor], Tensor] | None, width: int) -> Hook:
+    def hook(acts: Tensor, hook: Any) -> Tensor | None:
+        if replace is None:
+            return None
+        new = acts.clone()
+        new[:, :width] = replace(acts[:, :width].flatten(2)).to(acts.dtype).view_as(new[:, :width])
+        return new
+
+    return hook
+
+
+def _check_options(dtype: str, device: str, masked_positions: Sequence[int]) -> None:
+    if dtype not in DTYPES:
+        raise SubjectError(f"subject.dtype: {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+    if any(position < 0 for position in masked_positions):
+        raise SubjectError(
+            f"subject.masked_positions: {list(masked_positions)} given; positions count from 0 at a "
+            "context's start"
+        )
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        reason = str(error).splitlines()[0]
+        raise SubjectError(f"subject device {device!r} cannot be used here ({reason}); choose cpu") from error
+
+
+def _check_layer(name: str, loaded: int, n_layers: int, model: str) -> None:
+    match = re.match(r"blocks\.(\d+)\.", name)
+    if match and int(match[1]) >= loaded:
+        only = f", of which subject.layers loads {loaded}" if loaded < n_layers else ""
+        raise SubjectError(
+            f"subject.hook: {name} is in layer {match[1]}, {model} has layers 0 to {n_layers - 1}{only}; "
+            "choose a lower layer"
+        )
+
+
+def _check_hook(bridge: Any, name: str, given: str) -> None:
+    known = bridge.hook_dict
+    if name in known:
+        return
+    n_layers = len(bridge.blocks) if hasattr(bridge, "blocks") else 0
+    locations = [f"{location}.{layer}" for location in LOCATIONS for layer in range(n_layers)]
+    near = difflib.get_close_matches(given, [*locations, *known], n=4, cutoff=0.5)
+    known_forms = f"choose a transformer_lens name, or one of {', '.join(LOCATIONS)} with .LAYER"
+    hint = f"did you mean {', '.join(near)}?" if near else known_forms
+    raise SubjectError(f"subject.hook: {given!r} is no hook point of this model; {hint}")
+
+
+def _probe_width(bridge: Any, name: str, given: str) -> int:
+    # Two lengths tell a vector a token from a table over pairs of tokens, such as an attention pattern.
+    shapes = []
+    for width in (5, 7):
+        acts = _capture(bridge, name, torch.zeros(2, width, dtype=torch.int64, device=bridge.cfg.device))
+        shapes.append(tuple(acts.shape))
+        if acts.shape[:2] != (2, width) or acts.ndim != 3 or acts.shape[2] != shapes[0][2]:
+            raise SubjectError(
+                f"subject.hook: {given} gives shape {list(shapes[-1])} for 2 contexts of {width} tokens, "
+                "not one vector a token; choose a residual stream, MLP or attention output hook"
+            )
+    return int(shapes[0][2])
+
+
+def _use_fused_attention(bridge: Any, name: str) -> None:
+    """Let blocks run the model's own fused attention, unless the hook lies inside attention.
+
+    The bridge computes attention step by step, so that hooks can see scores and patterns; nothing here looks
+    at those, and the model's own module is 10-20% faster. Undone if it does not give the same activations.
+    """
+    hf_model = bridge.original_model
+    inside_attention = ".attn." in (bridge.hook_dict[name].name or name)
+    if inside_attention or not hasattr(bridge, "blocks") or hf_model.config._attn_implementation != "eager":
+        return
+    ids = torch.arange(2 * PAD_MULTIPLE, device=bridge.cfg.device).view(2, PAD_MULTIPLE) % bridge.cfg.d_vocab
+    before = _capture(bridge, name, ids).float()
+    swapped: list[tuple[Any, Any]] = [
+        (block.original_component, attn)
+        for block in bridge.blocks
+        if (attn := block.submodules.get("attn")) is not None
+        and getattr(block.original_component, attn.name or "", None) is attn
+    ]
+    for owner, attn in swapped:
+        setattr(owner, attn.name, attn.original_component)
+    try:
+        hf_model.set_attn_implementation("sdpa")
+        same = _agree(before, _capture(bridge, name, ids).float(), bridge.cfg.dtype)
+    except Exception:  # whatever an exotic architecture raises here, it still runs as the bridge built it
+        same = False
+    if not same:
+        for owner, attn in swapped:
+            setattr(owner, attn.name, attn)
+        hf_model.set_attn_implementation("eager")
+
+
+def _agree(before: Tensor, after: Tensor, dtype: torch.dtype) -> bool:
+    # The two sum in other orders: about 1e-6 of a row's norm was seen in float32, 0.03 in bfloat16.
+    limit = 1e-4 if dtype == torch.float32 else 0.1
+    return bool(((after - before).norm(dim=-1) <= limit * before.norm(dim=-1)).all())
