@@ -14,11 +14,11 @@ import os
 import re
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, BinaryIO, cast
 
@@ -60,7 +60,7 @@ _WRITE_REMEDIES = {
 
 # Without a limit blobfile retries for ever; by default it prints what it logs.
 _blobs: blobfile.Context = blobfile.create_context(
-    retry_limit=8, log_callback=logging.getLogger(__name__).warning, save_access_token_to_disk=False
+    retry_limit=8, log_callback=logging.getLogger(__name__).info, save_access_token_to_disk=False
 )
 
 
@@ -114,7 +114,7 @@ def reading(path: str) -> Iterator[None]:
     except (FileNotFoundError, ObstoreError, blobfile.Error) as error:
         if _is_missing(error):
             raise StorageError(f"{path}: no such file, folder or bucket; check the path") from error
-        hint = f"check the network and the credentials: {_CREDENTIALS[scheme(path)]}"
+        hint = f"check the path, the network and the credentials: {_CREDENTIALS[scheme(path)]}"
         raise StorageError(f"cannot read {path}: {_one_line(error)}; {hint}") from error
     except OSError as error:
         if error.errno is None:  # a decoder's complaint about the contents, not the system's
@@ -271,7 +271,7 @@ _LISTINGS = {"": _list_local, "gs": _list_blobs, "az": _list_blobs, "s3": _list_
 
 @lru_cache(maxsize=64)
 def _s3_bucket(bucket: str) -> S3Store:
-    return S3Store(bucket, retry_config={"max_retries": 8, "retry_timeout": timedelta(minutes=1)})
+    return S3Store(bucket)
 
 
 def _s3(path: str) -> tuple[S3Store, str]:
@@ -341,7 +341,7 @@ def staged(path: str) -> Iterator[str]:
             os.replace(temporary, path)
             _sync(folder)
     except BaseException:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # on a read-only disk even a missing file gives an error
             os.unlink(temporary)
         raise
 
@@ -375,7 +375,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
             _sync(folder)
             return True
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             os.unlink(temporary)
 
 
@@ -416,13 +416,34 @@ def list_files(folder: str, *, temporary: bool = False) -> list[str]:
     )
 
 
+def modified(path: str) -> float:
+    """Return when a local file was last written, in seconds since the epoch; now, if it is gone."""
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return time.time()
+
+
+def check_writable(folder: str) -> None:
+    """Raise StorageError unless files can be made in a local folder, or in its nearest existing parent."""
+    _require_local(folder)
+    probe = os.path.join(_nearest_existing(folder), TEMPORARY_PREFIX + uuid.uuid4().hex)
+    with _writing(folder, probe):
+        _fill(probe, b"")
+        os.unlink(probe)
+
+
 def free_bytes(path: str) -> int:
     """Return the bytes free to this user on the disk that holds, or would hold, `path`."""
     _require_local(path)
+    return shutil.disk_usage(_nearest_existing(path)).free
+
+
+def _nearest_existing(path: str) -> str:
     path = os.path.abspath(path)
     while not os.path.exists(path):
         path = os.path.dirname(path)
-    return shutil.disk_usage(path).free
+    return path
 
 
 @contextmanager
@@ -473,5 +494,6 @@ def _is_missing(error: Exception) -> bool:
 
 
 def _one_line(error: Exception, limit: int = 300) -> str:
-    text = " ".join(str(error).partition("Debug source")[0].split())
+    # What follows these words in obstore's and blobfile's messages is for their developers.
+    text = " ".join(re.split(r"Debug source|, request=<", str(error))[0].split())
     return text if len(text) <= limit else text[:limit] + "..."

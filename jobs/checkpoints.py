@@ -1,0 +1,60 @@
+"""Autoencoders in the lake: their property `autoencoder/NAME` and the files of their checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
+from sae.model import Autoencoder
+from sae.schemas.errors import AutoencoderError, IncompleteError
+
+
+def state_of(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    """The property of a fully trained autoencoder; raises IncompleteError where there is none."""
+    state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{name}")
+    if state is None:
+        known = [key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")]
+        raise IncompleteError(
+            f"autoencoder {name}: not in this lake (it has: {', '.join(known) or 'none'}); run sae train first"
+        )
+    if not state["complete"]:
+        raise IncompleteError(f"autoencoder {name}: trained on {state['tokens']:,} tokens so far; finish sae train first")
+    return state
+
+
+def load(lake: Lake, name: str) -> Autoencoder:
+    """A fully trained autoencoder of the lake, for inference."""
+    snapshot = lake.snapshot()
+    state = state_of(snapshot, name)
+    autoencoder = Autoencoder.from_config(state["config"])
+    tensors = read_tensors(lake, snapshot.files[state["checkpoints"][-1]["model"]])
+    try:
+        autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
+    except RuntimeError as error:
+        raise AutoencoderError(f"autoencoder {name}: its checkpoint doesn't fit its config: {error}") from None
+    return autoencoder.eval().requires_grad_(False)
+
+
+def read_tensors(lake: Lake, file: DataFile) -> dict[str, Tensor]:
+    (path,) = lake.verified([file])
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise AutoencoderError(f"{path}: damaged checkpoint ({error}); restore the file from a copy") from None
+
+
+def write_tensors(transaction: Transaction, kind: str, name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Adds a safetensors file to a transaction; returns its path in the lake."""
+    contiguous = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
+    file = transaction.write_with(
+        kind, "safetensors", lambda path: safetensors.torch.save_file(contiguous, path), autoencoder=name
+    )
+    return file.path
+
+
+def identity(snapshot: Snapshot, name: str) -> str:
+    """Short hash of the weights that encode with: latents of other weights are other latents."""
+    return snapshot.files[state_of(snapshot, name)["checkpoints"][-1]["model"]].sha256[:12]

@@ -1,0 +1,139 @@
+"""The command line: `sae STEP run.yaml [--section.key value ...]`, and commands on a lake."""
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from sae.jobs import storage
+from sae.jobs.progress import say
+from sae.schemas import config as run_config
+from sae.schemas.config import Run
+from sae.schemas.errors import ConfigError, SaeError
+
+STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "export")
+_INTERRUPTED: Final = 128 + signal.SIGINT
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `sae` command."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    if not hasattr(given, "command"):
+        parser.error("give a command")
+    if rest and not hasattr(given, "config"):
+        parser.error(f"unrecognised arguments: {' '.join(rest)}")
+    given.overrides = rest
+    sys.exit(_guarded(lambda: given.command(given)))
+
+
+def step_main(step: str) -> None:
+    """Entry point of `python -m sae.jobs.STEP run.yaml`."""
+    main([step, *sys.argv[1:]])
+
+
+def run_step(step: str, config: Run) -> None:
+    """Runs one step in this process."""
+    importlib.import_module(f"sae.jobs.{step}").run(config)
+
+
+def _guarded(command: Callable[[], Any]) -> int:
+    """The exit status; errors that users can cause are told in one line."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        command()
+    except SaeError as error:
+        say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; nothing that was committed is lost, run the same command to go on")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sae", description="Sparse autoencoders as a data lake.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for step in STEPS:
+        summary = f"step {step} of a run"
+        _add(commands, step, summary, lambda given, step=step: run_step(step, _config(given)), "config")
+    _add(commands, "run", "all steps that are not yet done", _run_all, "config")
+    status = _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
+    status.add_argument("--verify", action="store_true", help="read every file and compare it with the log's sha256")
+    sql = _add(commands, "sql", "a query over a lake's tables", _lake_command("sql"), "lake")
+    sql.add_argument("query", help="SQL, or - to read it from standard input")
+    sql.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
+    sql.add_argument("--version", type=int, help="lake version; the newest when absent")
+    gc = _add(commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake")
+    gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS")
+    drop = _add(commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake")
+    what = drop.add_mutually_exclusive_group(required=True)
+    what.add_argument("--latents", metavar="AUTOENCODER", help="its latents, statistics and examples")
+    what.add_argument("--autoencoder", metavar="AUTOENCODER", help="the same, its checkpoints and metrics")
+    return parser
+
+
+def _add(
+    commands: Any, name: str, summary: str, command: Callable[[argparse.Namespace], Any], positional: str
+) -> argparse.ArgumentParser:
+    overrides = "\n\nAny key of the config can be given as --section.key value." if positional == "config" else ""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary + overrides,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(positional, metavar={"config": "run.yaml", "lake": "LAKE"}[positional])
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:
+    return lambda given: getattr(importlib.import_module("sae.jobs.lake_commands"), name)(given)
+
+
+def _run_all(given: argparse.Namespace) -> None:
+    config = _config(given)
+    for step in STEPS:
+        if step != "harvest" or config.training.source == "cached":
+            run_step(step, config)
+
+
+def _config(given: argparse.Namespace) -> Run:
+    return load_config(given.config, _pairs(given.overrides))
+
+
+def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Run:
+    """The run config of a YAML file."""
+    try:
+        text = storage.read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return run_config.parse(text, overrides, path)
+
+
+def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """`--key value` and `--key=value` as pairs."""
+    pairs: list[tuple[str, str]] = []
+    waiting = list(arguments)
+    while waiting:
+        key = waiting.pop(0)
+        if not key.startswith("--") or key == "--":
+            raise ConfigError(f"{key}: unexpected argument; overrides are given as --section.key value")
+        key, given, value = key[2:].partition("=")
+        if not given:
+            if not waiting:
+                raise ConfigError(f"--{key}: no value given; write --{key} VALUE")
+            value = waiting.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Ray: where it runs, and how many processors and GPUs a worker gets."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any, Final
+
+import ray
+import torch
+
+from sae.jobs import storage
+from sae.schemas.config import Run
+from sae.schemas.errors import ConfigError, SaeError
+
+_OBJECT_STORE_BYTES: Final = 256 * 2**20
+# Ray sets it for the entrypoint of a submitted job: such a driver belongs to the cluster it was submitted to.
+_IN_JOB: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+@contextlib.contextmanager
+def connected(config: Run) -> Iterator[None]:
+    """Ray for the length of the block: the given cluster, the job's own, or a local one that ends with the block."""
+    in_job = _IN_JOB in os.environ
+    if in_job and storage.is_local(config.lake) and not os.path.isabs(config.lake):
+        raise ConfigError(
+            f"lake: {config.lake} is a relative path, which in a submitted job lies in the job's temporary copy of the "
+            "working directory; give an absolute path that all nodes share"
+        )
+    address = "auto" if in_job else config.cluster.address
+    _start(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(address: str) -> None:
+    # Workers that print, and Ray's own notes, would garble the progress line.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=cpu_count(),
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local") from None
+
+
+def cpu_count() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def worker_options(n_workers: int) -> dict[str, Any]:
+    """Ray options for one of n_workers equal workers of a step: a GPU each where the cluster has any."""
+    if ray.cluster_resources().get("GPU", 0) >= 1:
+        return {"num_gpus": 1, "num_cpus": 1}
+    # Workers beyond the number of processors share them rather than wait for ever.
+    return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / (2 * n_workers))}
+
+
+def use_device(n_workers: int) -> str:
+    """Called in a worker: the device to compute on, with CPU threads shared fairly between the node's workers."""
+    if torch.cuda.is_available():
+        return "cuda"
+    torch.set_num_threads(max(1, cpu_count() // n_workers))
+    return "cpu"
+
+
+def cause(error: BaseException) -> BaseException:
+    """The SaeError that a remote task raised, or the error itself."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, SaeError):
+            # Ray's wrapper of the same class carries a traceback as its message.
+            original = getattr(inner, "cause", None)
+            return type(original)(*original.args) if isinstance(original, SaeError) else inner
+        inner = getattr(inner, "cause", None) or inner.__cause__
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of Ray's many."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,84 @@
+"""The contexts of a corpus in memory, and batches of them for the subject."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from sae.jobs.lake import Lake, Snapshot
+from sae.schemas.errors import IncompleteError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """c contexts of one corpus in order of context_id; `tokens` is their concatenation."""
+
+    context_id: Array
+    doc_id: Array
+    tokens: Array
+    offsets: Array
+
+    def __len__(self) -> int:
+        return len(self.context_id)
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each context [c]."""
+        return np.diff(self.offsets)
+
+    def padded(self, rows: Array) -> tuple[Tensor, Tensor]:
+        """Token ids [b, t] of the given rows, zeros behind the end, and their lengths [b]; t is the longest."""
+        lengths = self.lengths[rows]
+        position = np.arange(lengths.max(initial=1))
+        inside = position < lengths[:, None]
+        source = np.where(inside, self.offsets[rows][:, None] + position, 0)
+        token_ids = np.where(inside, self.tokens[source], 0).astype(np.int64)
+        return torch.from_numpy(token_ids), torch.from_numpy(lengths)
+
+    def batches(self, rows: Array, size: int) -> Iterator[Array]:
+        """Indices into `rows` in batches, longest contexts first, so that a batch is hardly padded."""
+        order = np.argsort(-self.lengths[rows], kind="stable")
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def kept_tokens(self, masked_positions: tuple[int, ...]) -> Array:
+        """Tokens of each context that are not at a masked position [c]."""
+        lengths = self.lengths
+        return lengths - sum((lengths > position).astype(np.int64) for position in set(masked_positions))
+
+
+def load(lake: Lake, corpus: str, bounds: tuple[int, int] | None = None) -> Contexts:
+    """The contexts of a finished corpus, or those with context_id within inclusive bounds."""
+    snapshot = lake.snapshot()
+    state_of(snapshot, corpus)
+    low, high = bounds or (0, 2**63 - 1)
+    files = [
+        file
+        for file in snapshot.select("contexts", corpus=corpus)
+        if file.contexts and file.contexts[0] <= high and low <= file.contexts[1]
+    ]
+    inside = (pc.field("context_id") >= low) & (pc.field("context_id") <= high)
+    table = lake.read(files, ["context_id", "doc_id", "token_ids"], inside).sort_by("context_id").combine_chunks()
+    lists = table["token_ids"].combine_chunks()
+    lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
+    return Contexts(
+        context_id=table["context_id"].to_numpy(),
+        doc_id=table["doc_id"].to_numpy(),
+        tokens=lists.flatten().to_numpy(),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+def state_of(snapshot: Snapshot, corpus: str) -> dict[str, Any]:
+    """The property of a fully tokenized corpus; raises IncompleteError where there is none."""
+    state: dict[str, Any] | None = snapshot.properties.get(f"corpus/{corpus}")
+    if not state or not state["complete"]:
+        raise IncompleteError(f"corpus {corpus} is not fully tokenized; run sae tokenize first")
+    return state

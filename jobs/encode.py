@@ -1,0 +1,122 @@
+"""Step encode: runs subject and autoencoder over a corpus, and writes each run's latents and partial statistics."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sae.jobs import checkpoints, cluster, contexts, progress, runs
+from sae.jobs.activations import kept_activations
+from sae.jobs.lake import Lake, write_views
+from sae.schemas.config import Run
+from sae.schemas.errors import AutoencoderError, ConfigError, ConflictError, IncompleteError
+from sae.schemas.tables import SCHEMAS
+from sae.statistics import SortedRun
+from sae.subject import Subject
+
+
+def run(config: Run) -> None:
+    """Encodes the runs that are not yet in the lake."""
+    lake = Lake(config.lake)
+    name, corpus = config.autoencoder.name, config.corpus.name
+    contexts.state_of(lake.snapshot(), corpus)
+    encoding = _encoding(lake, config)
+    plan, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
+    if not missing:
+        progress.say(f"encode: all {plan.n_runs} runs of {corpus} are in the lake")
+        return
+    with cluster.connected(config):
+        n_actors = config.cluster.encode_actors
+        rows = runs.each_run("encode", Encoder, (config, encoding, plan), n_actors, plan, missing)
+    _, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
+    write_views(lake)
+    if missing:
+        raise IncompleteError(f"encode: {len(missing)} of {plan.n_runs} runs are still missing; run sae encode again")
+    progress.say(f"encode: {rows:,} latents in {plan.n_runs} runs of {corpus}")
+
+
+def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
+    """With what the autoencoder's latents are made; raises ConfigError where those in the lake were made otherwise."""
+    snapshot = lake.snapshot()
+    name = config.autoencoder.name
+    encoding = {
+        "checkpoint": checkpoints.identity(snapshot, name),
+        "seed": config.seed,
+        **config.encode.model_dump(include={"run_tokens", "bin_width", "examples"}),
+    }
+    for key, known in snapshot.properties.get(f"encode/{name}", encoding).items():
+        if encoding[key] != known:
+            where = {"checkpoint": "its weights", "seed": "seed"}.get(key, f"encode.{key}")
+            raise ConfigError(
+                f"{where}: the latents of {name} in {config.lake} were made with {known}, now it is {encoding[key]}; "
+                f"keep {known}, or delete them with: sae drop {config.lake} --latents {name}"
+            )
+    return encoding
+
+
+class Encoder:
+    """A Ray Data actor: holds subject and autoencoder, turns run numbers into committed runs."""
+
+    def __init__(self, config: Run, encoding: dict[str, Any], plan: runs.Plan, n_workers: int) -> None:
+        device = cluster.use_device(n_workers)
+        self._config, self._encoding, self._plan = config, encoding, plan
+        self._lake = Lake(config.lake)
+        self._subject = Subject.load(**config.subject.model_dump(), device=device)
+        self._autoencoder = checkpoints.load(self._lake, config.autoencoder.name).to(device)
+        check_fit(self._autoencoder.d_model, self._subject, config.autoencoder.name)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        run = int(batch["run"][0])
+        corpus = contexts.load(self._lake, self._config.corpus.name, self._plan.bounds(run))
+        latents = self._latents(corpus)
+        tokens = int(corpus.kept_tokens(self._config.subject.masked_positions).sum())
+        # Another attempt at this run may have been first, with the same rows.
+        with contextlib.suppress(ConflictError):
+            self._commit(run, latents, tokens)
+        return {"run": [run], "tokens": [tokens], "rows": [len(latents)]}
+
+    @torch.inference_mode()
+    def _latents(self, corpus: contexts.Contexts) -> SortedRun:
+        parts: list[tuple[Any, ...]] = []
+        rows = np.arange(len(corpus))
+        for chosen in corpus.batches(rows, self._config.encode.batch_contexts):
+            acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows[chosen])
+            row, latent, value = (part.cpu().numpy() for part in self._autoencoder.nonzeros(acts.float()))
+            parts.append((latent, corpus.context_id[chosen[at_row[row]]], at_pos[row], value))
+        atom, context_id, pos, act = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return SortedRun.from_rows(atom, context_id, pos, act)
+
+    def _commit(self, run: int, latents: SortedRun, tokens: int) -> None:
+        name, corpus, encoding = self._config.autoencoder.name, self._config.corpus.name, self._encoding
+        tables = {
+            "latents": latents.rows(),
+            "moments": latents.moments(),
+            "histograms": latents.histogram(encoding["bin_width"]),
+            "top": latents.top(encoding["examples"]),
+            "samples": latents.samples(encoding["examples"], encoding["seed"]),
+        }
+        with self._lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
+            for table, columns in tables.items():
+                schema = SCHEMAS[table]
+                if "run" in schema.names:
+                    columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
+                data = pa.table(columns).select(schema.names).cast(schema)
+                transaction.write(table, data, corpus=corpus, autoencoder=name, run=run, tokens=tokens)
+            transaction.set(f"encode/{name}", encoding)
+
+
+def check_fit(d_model: int, subject: Subject, name: str) -> None:
+    """Raises AutoencoderError where the autoencoder's width is not that of the subject's activations."""
+    if d_model != subject.d_model:
+        raise AutoencoderError(
+            f"autoencoder {name}: made for activations of width {d_model}, but {subject.hook} gives {subject.d_model}; "
+            "give the subject.model and subject.hook that it was trained on"
+        )
+
+
+if __name__ == "__main__":
+    from sae.jobs.cli import step_main
+
+    step_main("encode")

@@ -1,0 +1,75 @@
+"""How each table is laid out on disk, and how its files are written and read: Parquet, and Arrow IPC for vectors."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sae.schemas.errors import LakeError
+from sae.schemas.tables import SCHEMAS, activations
+
+# Rows of latents are sorted, so that deltas of the keys are tiny; pos and act have few distinct values.
+_LATENTS: Final[dict[str, Any]] = {
+    "use_dictionary": ["pos", "act"],
+    "column_encoding": {"atom": "DELTA_BINARY_PACKED", "context_id": "DELTA_BINARY_PACKED"},
+}
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {"latents": _LATENTS}
+_ROW_GROUP: Final = {"contexts": 512, "latents": 131_072}
+
+
+def write(table: str, batches: Iterable[pa.Table], path: str) -> int:
+    """Writes tables of one schema, in order, to a local path; returns the number of rows.
+
+    Each batch starts a new row group, so that a caller streams in multiples of the group's size.
+    """
+    rows = 0
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_page_index": True}
+    with pq.ParquetWriter(path, SCHEMAS[table], **options, **_OPTIONS.get(table, {})) as writer:
+        for batch in batches:
+            writer.write_table(batch.cast(SCHEMAS[table]), row_group_size=_ROW_GROUP.get(table, 131_072))
+            rows += batch.num_rows
+    return rows
+
+
+def read(path: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    """The rows of one file; raises LakeError where it is damaged."""
+    try:
+        return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise LakeError(f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy") from None
+
+
+def column_range(table: pa.Table, column: str) -> tuple[int, int] | None:
+    """Lowest and highest value of an integer column; None where the table lacks it or is empty."""
+    if column not in table.column_names or table.num_rows == 0:
+        return None
+    bounds = pc.min_max(table[column]).as_py()
+    return int(bounds["min"]), int(bounds["max"])
+
+
+def widest(ranges: Iterator[tuple[int, int] | None]) -> tuple[int, int] | None:
+    known = [bounds for bounds in ranges if bounds is not None]
+    return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+
+def write_vectors(context_id: npt.NDArray[Any], pos: npt.NDArray[Any], vectors: npt.NDArray[Any], path: str) -> None:
+    """Writes rows of the activations table, vectors float16 [m, d], as an uncompressed Arrow IPC file."""
+    schema = activations(vectors.shape[1])
+    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("vector").type)
+    batch = pa.record_batch([pa.array(context_id), pa.array(pos), values], schema=schema)
+    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(batch)
+
+
+def map_vectors(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """context_id [m] and vectors float16 [m, d] of an activations file, mapped into memory, not read."""
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise LakeError(f"{path}: damaged or unreadable Arrow file ({error}); restore it from a copy") from None
+    vectors = batch["vector"]
+    return batch["context_id"].to_numpy(), np.asarray(vectors.values).reshape(len(vectors), -1)

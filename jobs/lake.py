@@ -1,0 +1,329 @@
+"""The lake: immutable files and one JSON log.
+
+A version of the lake is the sum of its log entries 0..N, `_log/%020d.json`. A writer first brings its files to disk
+under names nobody reads, then links entry N+1 into the log if nobody else has; only then do they exist for readers.
+A unit of work (`encode/demo/sotu/3`) can be committed once, so that a retried task changes nothing.
+"""
+
+import dataclasses
+import itertools
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+import duckdb
+import pyarrow as pa
+
+from sae.jobs import formats, storage, views
+from sae.schemas.errors import ConflictError, LakeError
+
+FORMAT: Final = 1
+VIEWS_FILE: Final = "views.sql"
+TENSORBOARD_FOLDER: Final = "tensorboard"
+_NOT_IN_LOG: Final = ("_log/", f"{TENSORBOARD_FOLDER}/", VIEWS_FILE)
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One immutable file. Ranges are inclusive; `tokens` counts the tokens that its rows speak of."""
+
+    path: str
+    table: str
+    rows: int
+    bytes: int
+    sha256: str
+    corpus: str | None = None
+    autoencoder: str | None = None
+    subject: str | None = None
+    run: int | None = None
+    tokens: int = 0
+    atoms: Range | None = None
+    contexts: Range | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the lake holds at one version; version -1 is a lake with nothing in it."""
+
+    version: int = -1
+    files: Mapping[str, DataFile] = field(default_factory=dict)
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    units: frozenset[str] = frozenset()
+
+    def select(
+        self, table: str, corpus: str | None = None, autoencoder: str | None = None, subject: str | None = None
+    ) -> list[DataFile]:
+        """The table's files in order of run and path; None stands for any."""
+        chosen = (
+            file
+            for file in self.files.values()
+            if file.table == table
+            and corpus in (None, file.corpus)
+            and autoencoder in (None, file.autoencoder)
+            and subject in (None, file.subject)
+        )
+        return sorted(chosen, key=lambda file: (-1 if file.run is None else file.run, file.path))
+
+    def apply(self, entries: Iterable[dict[str, Any]]) -> "Snapshot":
+        """The snapshot after further log entries."""
+        version, files, properties, units = self.version, dict(self.files), dict(self.properties), set(self.units)
+        for entry in entries:
+            version = entry["version"]
+            for path in entry["remove"]:
+                files.pop(path, None)
+            files.update((value["path"], _data_file(value)) for value in entry["add"])
+            properties.update(entry["set"])
+            units.difference_update(entry["forget"])
+            units.update([entry["unit"]] if entry["unit"] else [])
+        kept = {key: value for key, value in properties.items() if value is not None}
+        return Snapshot(version, files, kept, frozenset(units))
+
+
+class Lake:
+    """A folder that holds a lake. Raises LakeError where there is none (unless `create`) or it is of a newer format.
+
+    The folder of a new lake appears with its first commit.
+    """
+
+    def __init__(self, path: str, create: bool = False) -> None:
+        self.path = str(Path(path).absolute()) if storage.is_local(path) else path
+        self._latest = Snapshot()
+        if not create and not storage.exists(self._log_path(0)):
+            raise LakeError(f"{path}: no lake here (it has no _log folder with entries); give a lake's folder or run a step first")
+
+    def snapshot(self, version: int | None = None) -> Snapshot:
+        """The newest version, or the one asked for."""
+        self._latest = self._latest.apply(self._entries(self._latest.version + 1))
+        if version is None or version == self._latest.version:
+            return self._latest
+        if not 0 <= version < self._latest.version:
+            raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}")
+        return Snapshot().apply(itertools.islice(self._entries(0), version + 1))
+
+    def transaction(self, operation: str, unit: str | None = None) -> "Transaction":
+        return Transaction(self, operation, unit)
+
+    def absolute(self, file: DataFile | str) -> str:
+        return storage.join(self.path, file if isinstance(file, str) else file.path)
+
+    def verified(self, files: Iterable[DataFile]) -> list[str]:
+        """Absolute paths of files whose size is what was committed; raises LakeError on the first that is not."""
+        paths = []
+        for file in files:
+            path = self.absolute(file)
+            found = storage.size(path) if storage.exists(path) else None
+            if found != file.bytes:
+                state = "is missing" if found is None else f"has {found} bytes"
+                raise LakeError(f"{path}: {state}, the log says {file.bytes}; restore the file from a copy")
+            paths.append(path)
+        return paths
+
+    def read(self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+        return pa.concat_tables([formats.read(path, columns, filters) for path in self.verified(files)])
+
+    def collect_garbage(self, older_than_s: float) -> list[str]:
+        """Deletes files that the newest version does not use and that are older than the given age, in seconds."""
+        used = set(self.snapshot().files)
+        deadline = time.time() - older_than_s
+        garbage = [
+            path
+            for path in storage.list_files(self.path) + storage.list_files(self.path, temporary=True)
+            if path not in used
+            and not path.startswith(_NOT_IN_LOG)
+            and storage.modified(self.absolute(path)) < deadline
+        ]
+        for path in garbage:
+            storage.remove(self.absolute(path))
+        return garbage
+
+    def _log_path(self, version: int | None) -> str:
+        return storage.join(self.path, "_log", *([] if version is None else [f"{version:020d}.json"]))
+
+    def _entries(self, version: int) -> Iterator[dict[str, Any]]:
+        while (entry := self._entry(version)) is not None:
+            yield entry
+            version += 1
+
+    def _entry(self, version: int) -> dict[str, Any] | None:
+        path = self._log_path(version)
+        if not storage.exists(path):
+            return None
+        try:
+            entry: dict[str, Any] = json.loads(storage.read_bytes(path))
+            format_ = int(entry["format"])
+        except (ValueError, KeyError, TypeError):
+            raise LakeError(f"{path}: not a log entry; restore the file from a copy of the lake") from None
+        if format_ > FORMAT:
+            raise LakeError(
+                f"{self.path}: written by a newer sae (lake format {format_}, this one reads up to {FORMAT}); upgrade sae"
+            )
+        return entry
+
+    def link(self, entry: dict[str, Any]) -> bool:
+        """Puts the entry into the log as its version; False when another writer was first."""
+        data = json.dumps(entry, allow_nan=False, sort_keys=True).encode()
+        return storage.put_if_absent(self._log_path(entry["version"]), data)
+
+
+class Transaction:
+    """Files and properties that become visible together, or not at all.
+
+    As a context manager it commits on leaving; on an exception its files are deleted. Raises ConflictError when the
+    unit, a property it changed or a file it removes was changed by another writer since it began.
+    """
+
+    def __init__(self, lake: Lake, operation: str, unit: str | None) -> None:
+        self.lake = lake
+        self.base = lake.snapshot()
+        self._operation, self._unit = operation, unit
+        self._add: list[DataFile] = []
+        self._remove: list[str] = []
+        self._forget: list[str] = []
+        self._set: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        try:
+            self._commit()
+        except BaseException:
+            self._discard()
+            raise
+
+    def write(
+        self,
+        table: str,
+        batches: pa.Table | Iterable[pa.Table],
+        *,
+        corpus: str | None = None,
+        autoencoder: str | None = None,
+        run: int | None = None,
+        tokens: int = 0,
+    ) -> DataFile:
+        """Adds one Parquet file of the table."""
+        ranges: list[tuple[Range | None, Range | None]] = []
+
+        def noted() -> Iterator[pa.Table]:
+            for batch in [batches] if isinstance(batches, pa.Table) else batches:
+                ranges.append((formats.column_range(batch, "atom"), formats.column_range(batch, "context_id")))
+                yield batch
+
+        counted = 0
+
+        def written(path: str) -> None:
+            nonlocal counted
+            counted = formats.write(table, noted(), path)
+
+        named = {"corpus": corpus, "autoencoder": autoencoder, "run": run, "tokens": tokens}
+        file = self.write_with(table, "parquet", written, **named)
+        return self._described(
+            file,
+            rows=counted,
+            atoms=formats.widest(atoms for atoms, _ in ranges),
+            contexts=formats.widest(contexts for _, contexts in ranges),
+        )
+
+    def write_with(self, table: str, suffix: str, write: Callable[[str], None], **named: Any) -> DataFile:
+        """Adds one file that `write` fills, given a local path; `named` are attributes of DataFile."""
+        path = _new_path(table, suffix, *(named.get(key) for key in ("autoencoder", "corpus", "subject")))
+        absolute = self.lake.absolute(path)
+        with storage.staged(absolute) as local:
+            write(local)
+        file = DataFile(
+            path=path,
+            table=table,
+            bytes=storage.size(absolute),
+            sha256=storage.sha256(absolute),
+            **{"rows": 0, **named},
+        )
+        self._add.append(file)
+        return file
+
+    def _described(self, file: DataFile, **more: Any) -> DataFile:
+        self._add.remove(file)
+        self._add.append(dataclasses.replace(file, **more))
+        return self._add[-1]
+
+    def remove(self, files: Iterable[DataFile]) -> None:
+        self._remove.extend(file.path for file in files)
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Lets units of work be done again."""
+        self._forget.extend(units)
+
+    def set(self, key: str, value: Any) -> None:
+        """Sets a property (plain JSON); None deletes it."""
+        self._set[key] = value
+
+    def _commit(self) -> None:
+        while True:
+            now = self.lake.snapshot()
+            self._check(now)
+            entry = {
+                "format": FORMAT,
+                "version": now.version + 1,
+                "operation": self._operation,
+                "unit": self._unit,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "add": [dataclasses.asdict(file) for file in self._add],
+                "remove": self._remove,
+                "forget": self._forget,
+                "set": self._set,
+            }
+            if self.lake.link(entry):
+                return
+
+    def _check(self, now: Snapshot) -> None:
+        if self._unit in now.units and self._unit not in self._forget:
+            raise ConflictError(f"{self._unit}: already committed by another writer; nothing to do")
+        for path in self._remove:
+            if path not in now.files:
+                raise ConflictError(f"{path}: removed by another writer meanwhile; run the step again")
+        for key, value in self._set.items():
+            if now.properties.get(key) not in (self.base.properties.get(key), value):
+                raise ConflictError(f"{key}: changed by another writer meanwhile; run the step again")
+
+    def _discard(self) -> None:
+        for file in self._add:
+            storage.remove(self.lake.absolute(file))
+
+
+def _new_path(table: str, suffix: str, *folders: str | None) -> str:
+    return "/".join([table, *filter(None, folders), f"{secrets.token_hex(8)}.{suffix}"])
+
+
+def _data_file(value: dict[str, Any]) -> DataFile:
+    ranges = {key: tuple(value[key]) if value[key] else None for key in ("atoms", "contexts")}
+    return DataFile(**{**value, **ranges})
+
+
+def connect(path: str, version: int | None = None) -> duckdb.DuckDBPyConnection:
+    """A DuckDB connection with a view for every table of the lake at one version, and the macros of schemas/sql.
+
+    Raises LakeError when a file of that version is missing or truncated.
+    """
+    lake = Lake(path)
+    snapshot = lake.snapshot(version)
+    lake.verified(file for file in snapshot.files.values() if file.table in views.TABLES)
+    connection = duckdb.connect()
+    connection.execute(views.statements(lake.path, snapshot.files.values(), snapshot.properties))
+    return connection
+
+
+def write_views(lake: Lake) -> None:
+    """Writes views.sql, with which a bare duckdb opens the newest version: `duckdb -init LAKE/views.sql`."""
+    snapshot = lake.snapshot()
+    text = views.statements(lake.path, snapshot.files.values(), snapshot.properties)
+    storage.write_atomic(lake.absolute(VIEWS_FILE), text.encode())

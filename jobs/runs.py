@@ -1,0 +1,74 @@
+"""Runs: a corpus cut into ranges of contexts, each a unit of work that any worker can do, once or again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from sae.jobs import cluster, progress
+from sae.jobs.lake import Snapshot
+from sae.schemas.tables import CORPUS_SHIFT
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a corpus is cut: runs of `contexts_per_run` contexts, the last one shorter."""
+
+    corpus_number: int
+    n_contexts: int
+    contexts_per_run: int
+
+    @property
+    def n_runs(self) -> int:
+        return -(-self.n_contexts // self.contexts_per_run)
+
+    def bounds(self, run: int) -> tuple[int, int]:
+        """First and last context_id of a run, both included."""
+        first = run * self.contexts_per_run
+        last = min(first + self.contexts_per_run, self.n_contexts) - 1
+        base = self.corpus_number << CORPUS_SHIFT
+        return base + first, base + last
+
+
+def unit(step: str, owner: str, corpus: str, run: int) -> str:
+    """Name of a run's unit of work; the owner is an autoencoder or a subject."""
+    return f"{step}/{owner}/{corpus}/{run}"
+
+
+def outstanding(snapshot: Snapshot, step: str, owner: str, corpus: str, run_tokens: int) -> tuple[Plan, list[int]]:
+    """How a tokenized corpus is cut for a step and owner, and the runs that are not in the lake."""
+    state = snapshot.properties[f"corpus/{corpus}"]
+    plan = Plan(state["number"], state["n_contexts"], max(1, run_tokens // state["context_length"]))
+    return plan, [run for run in range(plan.n_runs) if unit(step, owner, corpus, run) not in snapshot.units]
+
+
+def each_run(
+    step: str, worker: Callable[..., Any], arguments: tuple[Any, ...], n_workers: int, plan: Plan, missing: list[int]
+) -> int:
+    """Does the missing runs with a pool of Ray Data actors; returns the rows that were written.
+
+    `worker(*arguments, n_workers)` is called on {"run": [i]} and gives {"run", "tokens", "rows"}, one value each.
+    A worker that dies is replaced and its run done again.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.enable_operator_progress_bars = False
+    n_workers = min(n_workers, len(missing))
+    rows = 0
+    try:
+        done = ray.data.from_items([{"run": run} for run in missing], override_num_blocks=len(missing)).map_batches(
+            worker,
+            fn_constructor_args=(*arguments, n_workers),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=n_workers),
+            **cluster.worker_options(n_workers),
+        )
+        with progress.bar(step, plan.n_runs, "runs", plan.n_runs - len(missing)) as bar:
+            for row in done.iter_rows():
+                rows += row["rows"]
+                bar.advance(1)
+    except RayError as error:
+        raise cluster.cause(error) from None
+    return rows

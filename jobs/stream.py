@@ -1,0 +1,90 @@
+"""The order in which training sees tokens: a pure function of the seed, so that any position can be resumed.
+
+Each epoch permutes the contexts, cuts them into chunks of about `buffer_tokens` tokens, and shuffles the tokens of a
+chunk. Batches are consecutive slices of that stream, across chunks and epochs; a position is a number of tokens.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sae.jobs.activations import Source
+
+Array = npt.NDArray[Any]
+
+
+class TokenStream:
+    """Batches [batch_tokens, d] of activations of the given contexts, for ever."""
+
+    def __init__(self, source: Source, rows: Array, kept: Array, batch: int, buffer: int, seed: int) -> None:
+        """`rows` are the contexts to train on, `kept` [len(rows)] how many tokens each gives."""
+        self._source, self._batch, self._buffer, self._seed = source, batch, buffer, seed
+        useful = kept > 0
+        self._rows, self._kept = rows[useful], kept[useful]
+
+    @property
+    def epoch_tokens(self) -> int:
+        return int(self._kept.sum())
+
+    def batches(self, position: int = 0) -> Iterator[Tensor]:
+        """Batches from a position, in tokens, on."""
+        epoch, skip = divmod(position, self.epoch_tokens)
+        waiting: list[Tensor] = []
+        n_waiting = 0
+        for chunk in self._chunks(epoch, skip):
+            waiting.append(chunk)
+            n_waiting += len(chunk)
+            if n_waiting < self._batch:
+                continue
+            pool = torch.cat(waiting) if len(waiting) > 1 else chunk
+            n_full = len(pool) // self._batch * self._batch
+            yield from pool[:n_full].split(self._batch)
+            waiting = [pool[n_full:]]
+            n_waiting = len(pool) - n_full
+
+    def _chunks(self, epoch: int, skip: int) -> Iterator[Tensor]:
+        while True:
+            rows, ends = self._epoch(epoch)
+            for number, (start, stop) in enumerate(self._cuts(ends)):
+                before = int(ends[start - 1]) if start else 0
+                n_tokens = int(ends[stop - 1]) - before
+                if skip < n_tokens:
+                    yield self._shuffled(rows[start:stop], epoch, number)[skip:]
+                skip = max(0, skip - n_tokens)
+            epoch += 1
+
+    def _epoch(self, epoch: int) -> tuple[Array, Array]:
+        """The epoch's order of contexts, and the tokens seen at the end of each."""
+        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+        return self._rows[order], np.cumsum(self._kept[order])
+
+    def _cuts(self, ends: Array) -> Iterator[tuple[int, int]]:
+        n_chunks = max(1, round(int(ends[-1]) / self._buffer))
+        marks = np.searchsorted(ends, np.arange(1, n_chunks + 1) * (int(ends[-1]) / n_chunks) - 0.5) + 1
+        marks = np.unique(np.append(np.minimum(marks, len(ends)), len(ends)))
+        yield from zip(np.concatenate([[0], marks[:-1]]).tolist(), marks.tolist(), strict=True)
+
+    def _shuffled(self, rows: Array, epoch: int, chunk: int) -> Tensor:
+        vectors = self._source.vectors(rows)
+        order = np.random.default_rng([self._seed, epoch, chunk]).permutation(len(vectors))
+        return vectors[torch.from_numpy(order).to(vectors.device)]
+
+
+def held_out(doc_id: Array, fraction: float, seed: int) -> Array:
+    """bool [c]: contexts held out for validation, whole documents by a hash of their id, at least one.
+
+    A corpus of fewer than ten documents is split by context instead.
+    """
+    if fraction == 0.0:
+        return np.zeros(len(doc_id), bool)
+    documents, inverse = np.unique(doc_id, return_inverse=True)
+    if len(documents) < 10:
+        documents, inverse = np.arange(len(doc_id)), np.arange(len(doc_id))
+    draws = np.random.default_rng([seed, len(documents)]).random(len(documents))
+    chosen = draws < fraction
+    chosen[np.argmin(draws)] = True
+    return chosen[inverse]

@@ -1,0 +1,188 @@
+"""The SQL that opens a lake version: a view per table over exactly the files of that version, then the macros."""
+
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any, Final, Protocol
+
+import pyarrow as pa
+
+from sae.schemas.tables import SCHEMAS
+
+# What a table's file is about but does not repeat in every row.
+_PER_FILE: Final[dict[str, tuple[str, ...]]] = {
+    "documents": ("corpus",),
+    "contexts": ("corpus",),
+    "vocabulary": ("corpus",),
+    "latents": ("autoencoder",),
+    "moments": ("autoencoder", "corpus"),
+    "histograms": ("autoencoder", "corpus"),
+    "top": ("autoencoder", "corpus"),
+    "samples": ("autoencoder", "corpus"),
+    "atoms": ("autoencoder",),
+    "examples": ("autoencoder",),
+    "metrics": ("autoencoder",),
+}
+TABLES: Final = frozenset(_PER_FILE)
+
+_RUNS: Final = {
+    "autoencoder": "VARCHAR",
+    "corpus": "VARCHAR",
+    "run": "INTEGER",
+    "n_tokens": "BIGINT",
+    "first_context": "BIGINT",
+    "last_context": "BIGINT",
+}
+_AUTOENCODERS: Final = {
+    "autoencoder": "VARCHAR",
+    "model": "VARCHAR",
+    "hook": "VARCHAR",
+    "d_model": "INTEGER",
+    "n_latents": "INTEGER",
+    "k": "INTEGER",
+    "corpus": "VARCHAR",
+    "step": "BIGINT",
+    "tokens": "BIGINT",
+    "complete": "BOOLEAN",
+    "bin_width": "DOUBLE",
+}
+_CORPORA: Final = {
+    "corpus": "VARCHAR",
+    "number": "INTEGER",
+    "context_length": "INTEGER",
+    "n_documents": "BIGINT",
+    "n_contexts": "BIGINT",
+    "n_tokens": "BIGINT",
+    "complete": "BOOLEAN",
+}
+
+
+class File(Protocol):
+    """What a view needs to know of a file."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def table(self) -> str: ...
+    @property
+    def corpus(self) -> str | None: ...
+    @property
+    def autoencoder(self) -> str | None: ...
+    @property
+    def run(self) -> int | None: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def contexts(self) -> tuple[int, int] | None: ...
+
+
+def query(name: str) -> str:
+    """The text of schemas/sql/NAME.sql."""
+    return resources.files("sae.schemas").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
+
+
+def statements(root: str, files: Iterable[File], properties: Mapping[str, Any]) -> str:
+    """CREATE statements for all views and macros of a lake version at `root`."""
+    by_table: dict[str, list[File]] = {table: [] for table in _PER_FILE}
+    for file in files:
+        if file.table in by_table:
+            by_table[file.table].append(file)
+    views = [_table_view(root, table, by_table[table]) for table in _PER_FILE]
+    views.append(_values_view("runs", _RUNS, _runs(by_table["moments"])))
+    views.append(_values_view("autoencoders", _AUTOENCODERS, _autoencoders(properties)))
+    views.append(_values_view("corpora", _CORPORA, _properties(properties, "corpus")))
+    return "\n".join([*views, *_macros()])
+
+
+def _macros() -> list[str]:
+    folder = resources.files("sae.schemas").joinpath("sql", "macros")
+    return [
+        entry.read_text(encoding="utf-8") for entry in sorted(folder.iterdir(), key=lambda e: e.name)
+        if entry.name.endswith(".sql")
+    ]
+
+
+def _table_view(root: str, table: str, files: list[File]) -> str:
+    groups: dict[tuple[str | None, ...], list[str]] = {}
+    for file in files:
+        key = tuple(getattr(file, column) for column in _PER_FILE[table])
+        groups.setdefault(key, []).append(f"{root}/{file.path}")
+    branches = [
+        f"select {_constants(table, key)}, * from read_parquet([{', '.join(map(quote, sorted(paths)))}])"
+        for key, paths in sorted(groups.items(), key=lambda item: str(item[0]))
+    ]
+    body = "\nunion all ".join(branches) if branches else _empty(table)
+    return f"create or replace view {table} as {body};"
+
+
+def _constants(table: str, values: tuple[str | None, ...]) -> str:
+    return ", ".join(
+        f"{quote(value)}::varchar as {column}" for column, value in zip(_PER_FILE[table], values, strict=True)
+    )
+
+
+def _empty(table: str) -> str:
+    constants = [f"null::varchar as {column}" for column in _PER_FILE[table]]
+    columns = [f'null::{_duckdb_type(field.type)} as "{field.name}"' for field in SCHEMAS[table]]
+    return f"select {', '.join(constants + columns)} where false"
+
+
+def _duckdb_type(kind: pa.DataType) -> str:
+    if pa.types.is_list(kind):
+        return _duckdb_type(kind.value_type) + "[]"
+    names = {pa.int64(): "bigint", pa.int32(): "integer", pa.uint16(): "usmallint", pa.uint64(): "ubigint"}
+    names |= {pa.float32(): "float", pa.float64(): "double", pa.string(): "varchar"}
+    return names[kind]
+
+
+def _runs(moments: list[File]) -> list[dict[str, Any]]:
+    return [
+        {
+            "autoencoder": file.autoencoder,
+            "corpus": file.corpus,
+            "run": file.run,
+            "n_tokens": file.tokens,
+            "first_context": file.contexts[0] if file.contexts else None,
+            "last_context": file.contexts[1] if file.contexts else None,
+        }
+        for file in moments
+    ]
+
+
+def _autoencoders(properties: Mapping[str, Any]) -> list[dict[str, Any]]:
+    widths = {row["autoencoder"]: row["bin_width"] for row in _properties(properties, "encode", "autoencoder")}
+    return [
+        {**row, "bin_width": widths.get(row["autoencoder"])}
+        for row in _properties(properties, "autoencoder", "autoencoder")
+    ]
+
+
+def _properties(properties: Mapping[str, Any], kind: str, name: str | None = None) -> list[dict[str, Any]]:
+    prefix = f"{kind}/"
+    return [
+        {**value, name or kind: key.removeprefix(prefix)}
+        for key, value in sorted(properties.items())
+        if key.startswith(prefix)
+    ]
+
+
+def _values_view(name: str, columns: Mapping[str, str], rows: list[dict[str, Any]]) -> str:
+    selects = [
+        "select " + ", ".join(f"{_literal(row.get(key))}::{kind} as {key}" for key, kind in columns.items())
+        for row in rows
+    ]
+    empty = "select " + ", ".join(f"null::{kind} as {key}" for key, kind in columns.items()) + " where false"
+    body = "\nunion all ".join(selects) if selects else empty
+    return f"create or replace view {name} as {body};"
+
+
+def _literal(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if isinstance(value, int | float) else quote(str(value))
+
+
+def quote(text: str | None) -> str:
+    """A SQL string literal."""
+    return "null" if text is None else "'" + text.replace("'", "''") + "'"
