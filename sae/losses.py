@@ -1,0 +1,66 @@
+"""Reconstruction and sparsity losses.
+
+Shapes: B rows, d features, n latents, k selected latents per row.
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", sections 2.1, 2.4 and appendix A.2.
+"""
+
+import torch
+from torch import Tensor
+
+
+def normalized_mse(recons: Tensor, x: Tensor) -> Tensor:
+    """Mean over rows of (mean squared error of the row / mean square of the row of x [..., d])."""
+    return ((recons - x).square().mean(dim=-1) / x.square().mean(dim=-1)).mean()
+
+
+def normalized_l1(latents: Tensor, x: Tensor) -> Tensor:
+    """Mean over rows of (sum of |latents| of the row / norm of the row of x [..., d])."""
+    per_row: Tensor = latents.abs().sum(dim=-1) / torch.linalg.vector_norm(x, dim=-1)
+    return per_row.mean()
+
+
+def autoencoder_loss(recons: Tensor, x: Tensor, latents: Tensor, l1_coef: float) -> Tensor:
+    """Loss of dense activations: normalized_mse + l1_coef * normalized_l1."""
+    return normalized_mse(recons, x) + l1_coef * normalized_l1(latents, x)
+
+
+def fvu(recons: Tensor, x: Tensor) -> Tensor:
+    """Fraction of variance unexplained: squared error over squared distance from the mean row of x [B, d]."""
+    return (recons - x).square().sum() / (x - x.mean(dim=0)).square().sum()
+
+
+def mse_scale(sample: Tensor) -> Tensor:
+    """1 / mean squared distance of sample [m, d] from its mean row, so that hooks compare."""
+    return 1 / (sample - sample.mean(dim=0)).square().mean()
+
+
+def auxk_loss(aux_recons: Tensor, residual: Tensor) -> Tensor:
+    """Normalised MSE of the dead latents' reconstruction of what the living ones left over (both [B, d]).
+
+    A row with nothing left over (0 / 0) counts as zero, in the loss and in the gradient.
+    """
+    power = residual.square().mean(dim=-1)
+    error = (aux_recons - residual).square().mean(dim=-1)
+    return torch.where(power > 0, error / torch.where(power > 0, power, 1), 0).mean()
+
+
+def topk_loss(
+    recons: Tensor,
+    x: Tensor,
+    scale: float | Tensor,
+    aux_recons: Tensor | None = None,
+    pre_bias: Tensor | None = None,
+    auxk_coef: float = 1 / 32,
+) -> Tensor:
+    """Training loss of TopK: scale * MSE(recons, x), plus AuxK where aux_recons is given.
+
+    recons, x and aux_recons are [B, d] in the space that the model encodes (after `preprocess`).
+    aux_recons is decoded with pre_bias [d], so its target is x - recons + pre_bias, without a gradient.
+    """
+    loss = (recons - x).square().mean() * scale
+    if aux_recons is None:
+        return loss
+    residual = x - recons.detach()
+    if pre_bias is not None:
+        residual = residual + pre_bias.detach()
+    return loss + auxk_coef * auxk_loss(aux_recons, residual)

@@ -1,0 +1,345 @@
+"""The autoencoder: its definition on one device, in plain torch.
+
+latents = activation(encoder(x - pre_bias) + latent_bias);  recons = decoder(latents) + pre_bias
+
+Shapes: B rows, d = d_model features, n = n_latents latents, k selected latents per row.
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from sae.activations import Activation, Identity, ReLU, TopK, activation_from_state
+from sae.kernels.decode import decode
+from sae.kernels.scatter import sparse_t_matmul
+from sae.kernels.topk import topk
+from sae.schemas.errors import AutoencoderError
+
+__all__ = ["Autoencoder", "Identity", "Info", "Nonzeros", "ReLU", "TopK", "check_tensors"]
+
+Info = dict[str, Tensor]
+"""What `preprocess` took out and decoding puts back: empty, or mean and std, each [..., 1]."""
+
+NORMALIZE_EPS = 1e-5
+
+
+class Nonzeros(NamedTuple):
+    """The strictly positive latents of a batch, ordered by (row, latent); three tensors of one length."""
+
+    row: Tensor
+    latent: Tensor
+    value: Tensor
+
+
+class _Linear(nn.Module):
+    """A weight without a bias, drawn as torch's linear layer draws it."""
+
+    def __init__(self, n_latents: int, d_model: int, *, transposed: bool) -> None:
+        super().__init__()
+        rows = torch.empty(n_latents, d_model).uniform_(-1, 1) / d_model**0.5
+        self.weight = nn.Parameter(rows.T if transposed else rows)
+
+
+class Autoencoder(nn.Module):
+    """Sparse autoencoder with any activation, tied or not, with or without input normalisation.
+
+    With `normalize`, each row is centred and divided by its standard deviation (unbiased, plus 1e-5)
+    before encoding, and this is undone after decoding.
+
+    Raises AutoencoderError for sizes that cannot be.
+    """
+
+    stats_last_nonzero: Tensor
+    latents_activation_frequency: Tensor
+    latents_mean_square: Tensor
+
+    def __init__(
+        self,
+        n_latents: int,
+        d_model: int,
+        activation: Activation | None = None,
+        tied: bool = False,
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation: Activation = activation if activation is not None else ReLU()
+        _check_sizes(n_latents, d_model, self.activation)
+        self.n_latents = n_latents
+        self.d_model = d_model
+        self.tied = tied
+        self.normalize = normalize
+        self.pre_bias = nn.Parameter(torch.zeros(d_model))
+        self.encoder = _Linear(n_latents, d_model, transposed=False)
+        self.latent_bias = nn.Parameter(torch.zeros(n_latents))
+        # [d, n] as published, but stored latent by latent: sparse decoding reads whole rows.
+        self.decoder = None if tied else _Linear(n_latents, d_model, transposed=True)
+        self.register_buffer("stats_last_nonzero", torch.zeros(n_latents, dtype=torch.int64))
+        self.register_buffer("latents_activation_frequency", torch.ones(n_latents))
+        self.register_buffer("latents_mean_square", torch.zeros(n_latents))
+
+    @property
+    def decoder_rows(self) -> Tensor:
+        """The dictionary [n, d], one row per latent: the encoder itself when tied."""
+        return self.encoder.weight if self.decoder is None else self.decoder.weight.T
+
+    @property
+    def decoder_rows_grad(self) -> Tensor | None:
+        """The gradient of `decoder_rows` [n, d], or None before backward."""
+        if self.decoder is None:
+            return self.encoder.weight.grad
+        grad = self.decoder.weight.grad
+        return None if grad is None else grad.T
+
+    def preprocess(self, x: Tensor) -> tuple[Tensor, Info]:
+        """Normalise x [..., d] where the model does so; the second result undoes it in decoding.
+
+        Raises AutoencoderError when x has another width.
+        """
+        self._check_width(x)
+        if not self.normalize:
+            return x, {}
+        mean = x.mean(dim=-1, keepdim=True)
+        centred = x - mean
+        # The standard deviation of centred rows, in a sixth of the time that std takes.
+        std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (self.d_model - 1) ** 0.5
+        return centred / (std + NORMALIZE_EPS), {"mean": mean, "std": std}
+
+    def encode_pre_act(self, x: Tensor, latent_slice: slice = slice(None)) -> Tensor:
+        """Pre-activations [..., n] (or those of the slice) of x [..., d], which is already preprocessed."""
+        self._check_width(x)
+        weight, bias = self.encoder.weight[latent_slice], self.latent_bias[latent_slice]
+        return nn.functional.linear(x - self.pre_bias, weight, bias)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Info]:
+        """Latents [..., n], dense, of raw x [..., d]."""
+        x, info = self.preprocess(x)
+        return self.activation(self.encode_pre_act(x)), info
+
+    def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor, Info]:
+        """Values [B, k] and indices [B, k] int64 of the selected latents of raw x [B, d].
+
+        Values are descending pre-activations through the post-activation, so some may be zero. Gradients
+        reach the parameters through the selected latents only, and never x.
+
+        Raises AutoencoderError when the activation is not TopK.
+        """
+        if not isinstance(self.activation, TopK):
+            raise AutoencoderError(
+                f"encode_topk was called on an autoencoder with activation {self.activation.name}; "
+                f"it needs TopK: use encode or nonzeros"
+            )
+        x, info = self.preprocess(x)
+        with torch.no_grad():
+            values, indices = topk(self.encode_pre_act(x), self.activation.k)
+        return self.activation.postact(self.attach(x, values, indices)), indices, info
+
+    def attach(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+        """Return pre-activations computed without a graph, [B, k], as differentiable ones.
+
+        x [B, d] is preprocessed; values must be encode_pre_act(x) at indices [B, k]. The backward pass is
+        sparse: only the chosen latents are touched. x gets no gradient.
+        """
+        parameters = self.pre_bias, self.encoder.weight, self.latent_bias
+        attached = _SelectedPreActs.apply(x, *parameters, values, indices)  # type: ignore[no-untyped-call]
+        return cast(Tensor, attached)
+
+    @torch.no_grad()
+    def nonzeros(self, x: Tensor) -> Nonzeros:
+        """The strictly positive latents of raw x [B, d], whatever the activation."""
+        if not isinstance(self.activation, TopK):
+            latents, _ = self.encode(x)
+            row, latent = (latents > 0).nonzero(as_tuple=True)
+            return Nonzeros(row, latent, latents[row, latent])
+        values, indices, _ = self.encode_topk(x)
+        indices, order = indices.sort(dim=1)
+        values = values.gather(1, order)
+        row, column = (values > 0).nonzero(as_tuple=True)
+        return Nonzeros(row, indices[row, column], values[row, column])
+
+    def decode(self, latents: Tensor, info: Info | None = None) -> Tensor:
+        """Reconstructions [..., d] of dense latents [..., n], in the space of the raw input.
+
+        Raises AutoencoderError when the model normalises and info of `preprocess` is missing.
+        """
+        return self._undo(latents @ self.decoder_rows + self.pre_bias, info)
+
+    def decode_sparse(self, values: Tensor, indices: Tensor, info: Info | None = None) -> Tensor:
+        """Reconstructions [B, d] of sparse latents, values and indices [B, k]; see `decode`."""
+        return self._undo(decode(values, indices, self.decoder_rows) + self.pre_bias, info)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pre-activations [..., n], latents [..., n] and reconstructions [..., d] of raw x [..., d].
+
+        Changes no statistics.
+        """
+        x, info = self.preprocess(x)
+        pre_act = self.encode_pre_act(x)
+        latents = self.activation(pre_act)
+        return pre_act, latents, self.decode(latents, info)
+
+    def config(self) -> dict[str, Any]:
+        """All that `from_config` needs, as JSON values."""
+        top = self.activation if isinstance(self.activation, TopK) else None
+        return {
+            "n_latents": self.n_latents,
+            "d_model": self.d_model,
+            "activation": self.activation.name,
+            "k": top.k if top else None,
+            "postact": top.postact.name if top else None,
+            "normalize": self.normalize,
+            "tied": self.tied,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Autoencoder:
+        """Build an untrained autoencoder from `config`; load its tensors with load_state_dict.
+
+        Raises AutoencoderError when a key is missing or a value is not allowed.
+        """
+        missing = {"n_latents", "d_model", "activation", "normalize", "tied"} - config.keys()
+        if missing:
+            raise AutoencoderError(
+                f"autoencoder config lacks {_names(missing)}: it was not written by this project"
+            )
+        state = {"k": config.get("k"), "postact_fn": config.get("postact") or "ReLU"}
+        activation = activation_from_state(config["activation"], state)
+        return cls(config["n_latents"], config["d_model"], activation, config["tied"], config["normalize"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers alone, each contiguous, under their published names."""
+        return {name: tensor.contiguous() for name, tensor in super().state_dict().items()}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Parameters, buffers and activation, as published.
+
+        `tied` and `normalize` are added only where the published format could not tell them.
+        """
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        state[prefix + "activation"] = self.activation.name
+        state[prefix + "activation_state_dict"] = self.activation.state
+        if self.tied:
+            state[prefix + "tied"] = True
+        if self.normalize != isinstance(self.activation, TopK):
+            state[prefix + "normalize"] = self.normalize
+        return state
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load tensors of `state_dict` or `tensors`.
+
+        Raises AutoencoderError in one line when keys or shapes do not fit (always strictly).
+        """
+        tensors = {name: value for name, value in state_dict.items() if name not in _METADATA}
+        check_tensors(tensors, {name: value.shape for name, value in super().state_dict().items()})
+        return super().load_state_dict(tensors, strict=strict, assign=assign)
+
+    @classmethod
+    def from_state_dict(cls, state_dict: Mapping[str, Any]) -> Autoencoder:
+        """Build an autoencoder from the published format; the caller's mapping is left as it was.
+
+        The activation is ReLU where none is named; input normalisation follows the key `normalize`
+        and, where that is absent, holds for TopK. Parameters keep the stored floating-point type.
+
+        Raises AutoencoderError when a key is missing or unknown or a shape does not fit.
+        """
+        state = dict(state_dict)
+        tied = bool(state.get("tied", _TIED_ALIAS in state))
+        state.pop(_TIED_ALIAS, None)
+        weight = state.get("encoder.weight")
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise AutoencoderError(
+                "state dict has no encoder.weight [n_latents, d_model]: it does not hold an autoencoder"
+            )
+        activation = activation_from_state(
+            state.get("activation", ReLU.name), state.get("activation_state_dict", {})
+        )
+        normalize = bool(state.get("normalize", isinstance(activation, TopK)))
+        autoencoder = cls(weight.shape[0], weight.shape[1], activation, tied, normalize).to(weight.dtype)
+        for name, buffer in autoencoder.named_buffers():
+            state.setdefault(name, buffer)
+        autoencoder.load_state_dict(state)
+        return autoencoder
+
+    def _undo(self, recons: Tensor, info: Info | None) -> Tensor:
+        if not self.normalize:
+            return recons
+        if not info:
+            raise AutoencoderError(
+                "decoding was called without info on an autoencoder that normalises its input: "
+                "pass the info that encode or preprocess returned"
+            )
+        return recons * info["std"] + info["mean"]
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.d_model:
+            width = x.shape[-1] if x.ndim else "none"
+            raise AutoencoderError(
+                f"input has width {width}, the autoencoder has d_model {self.d_model}: "
+                f"it was probably trained on another subject model or hook"
+            )
+
+
+class _SelectedPreActs(torch.autograd.Function):
+    """Pre-activations at chosen latents: computed beforehand, differentiated here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, pre_bias: Tensor, weight: Tensor, bias: Tensor, values: Tensor, indices: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, pre_bias, weight, indices)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, pre_bias, weight, indices = ctx.saved_tensors
+        n = weight.shape[0]
+        # A product with ones rather than scatter_add: no atomics, so the same bits in every run.
+        grad_bias = sparse_t_matmul(grad, indices, grad.new_ones(grad.shape[0], 1), n).squeeze(1)
+        grad_weight = sparse_t_matmul(grad, indices, x - pre_bias, n)
+        return None, -(grad_bias @ weight), grad_weight, grad_bias, None, None
+
+
+_METADATA = {"activation", "activation_state_dict", "tied", "normalize"}
+_TIED_ALIAS = "decoder.linear.weight"
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _check_sizes(n_latents: int, d_model: int, activation: Activation) -> None:
+    if n_latents < 1 or d_model < 1:
+        raise AutoencoderError(f"n_latents is {n_latents} and d_model is {d_model}: both must be at least 1")
+    if isinstance(activation, TopK) and not 1 <= activation.k <= n_latents:
+        raise AutoencoderError(
+            f"k is {activation.k} and n_latents is {n_latents}: k must be between 1 and n_latents"
+        )
+
+
+def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise AutoencoderError unless tensors has exactly these names with these shapes."""
+    missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
+    if missing:
+        raise AutoencoderError(
+            f"state dict lacks {_names(missing)}: the checkpoint is incomplete or of another kind"
+        )
+    if unknown:
+        raise AutoencoderError(
+            f"state dict has unknown keys {_names(unknown)}: the checkpoint is of another kind"
+        )
+    for name, shape in shapes.items():
+        if not isinstance(tensors[name], Tensor) or tensors[name].shape != shape:
+            found = list(getattr(tensors[name], "shape", [])) or type(tensors[name]).__name__
+            raise AutoencoderError(
+                f"state dict has {name} of shape {found}, expected {list(shape)}: "
+                f"the checkpoint is damaged or belongs to another autoencoder"
+            )

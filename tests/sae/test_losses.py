@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+import torch
+
+from sae.losses import autoencoder_loss, auxk_loss, fvu, mse_scale, normalized_l1, normalized_mse, topk_loss
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    recons, x = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64)
+    return recons, x
+
+
+def test_losses_equal_their_definitions_in_numpy(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    recons, x = (tensor.numpy() for tensor in batch)
+    mse = np.mean([np.mean((r - a) ** 2) / np.mean(a**2) for r, a in zip(recons, x, strict=True)])
+    l1 = np.mean([np.sum(np.abs(r)) / np.sqrt(np.sum(a**2)) for r, a in zip(recons, x, strict=True)])
+    variance = np.mean((x - x.mean(axis=0)) ** 2)
+    # float64 arithmetic on 15 numbers.
+    assert normalized_mse(*batch).item() == pytest.approx(mse, rel=1e-12)
+    assert normalized_l1(*batch).item() == pytest.approx(l1, rel=1e-12)
+    assert autoencoder_loss(*batch, batch[0], 0.5).item() == pytest.approx(mse + 0.5 * l1, rel=1e-12)
+    assert fvu(*batch).item() == pytest.approx(np.mean((recons - x) ** 2) / variance, rel=1e-12)
+    assert mse_scale(batch[1]).item() == pytest.approx(1 / variance, rel=1e-12)
+
+
+def test_fvu_is_zero_when_perfect_and_one_for_the_mean(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x = batch[1]
+    assert fvu(x, x).item() == 0
+    assert fvu(x.mean(dim=0).expand_as(x), x).item() == pytest.approx(1, rel=1e-12)
+
+
+def test_a_row_with_no_residual_adds_nothing_to_the_auxk_loss_or_its_gradient() -> None:
+    residual = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    recons = torch.tensor([[1.0, 1.0], [0.0, 0.0]], requires_grad=True)
+    loss = auxk_loss(recons, residual)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5)
+    assert recons.grad is not None
+    assert recons.grad[0].tolist() == [0, 0]
+    assert recons.grad[1].isfinite().all()
+
+
+def test_auxk_trains_neither_the_main_reconstruction_nor_the_target() -> None:
+    x = torch.tensor([[1.0, 2.0]])
+    recons = torch.tensor([[0.5, 1.0]], requires_grad=True)
+    pre_bias = torch.tensor([0.1, 0.2], requires_grad=True)
+    aux = torch.tensor([[0.3, 0.2]], requires_grad=True)
+    with_aux = topk_loss(recons, x, 2.0, aux, pre_bias, 1.0)
+    without = topk_loss(recons, x, 2.0)
+    residual = np.array([0.6, 1.2])  # x - recons + pre_bias
+    expected = np.mean((np.array([0.3, 0.2]) - residual) ** 2) / np.mean(residual**2)
+    assert (with_aux - without).item() == pytest.approx(expected, rel=1e-5)
+    (gradient,) = torch.autograd.grad(with_aux, recons, retain_graph=True)
+    (plain,) = torch.autograd.grad(without, recons)
+    assert torch.equal(gradient, plain)
+    (of_target,) = torch.autograd.grad(with_aux, pre_bias, allow_unused=True)
+    assert of_target is None
