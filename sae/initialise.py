@@ -1,0 +1,67 @@
+"""Initialisation from data.
+
+Shapes: m sample rows, d features, n latents.
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.1.
+"""
+
+import torch
+from geom_median.torch import compute_geometric_median
+from torch import Tensor
+
+from sae.losses import mse_scale
+from sae.model import Autoencoder
+from sae.optimise import normalise_rows_
+from sae.schemas.errors import AutoencoderError
+
+MEDIAN_ROWS = 32_768
+N_PROBES = 256
+# The package compares objectives in float32 and walks the points one by one in Python: a tighter
+# tolerance never stops it on thousands of rows, and the median does not move any more.
+MEDIAN_TOLERANCE = 1e-6
+
+
+@torch.no_grad()
+def initialise(autoencoder: Autoencoder, sample: Tensor, generator: torch.Generator | None = None) -> float:
+    """Set all parameters from a sample [m, d] of raw activations; return the scale of the MSE loss.
+
+    The decoder gets random unit rows, the encoder the same rows rescaled so that unit inputs are
+    reconstructed with unit norm on average, pre_bias the geometric median of the first 32,768 rows, and
+    latent_bias zero. The scale is 1 / mean squared distance of the (normalised) sample from its mean.
+    A tied autoencoder keeps unit rows. `generator` is a CPU generator.
+
+    Raises AutoencoderError when the sample has another width, is not finite or does not vary.
+    """
+    x, _ = autoencoder.preprocess(sample.to(autoencoder.pre_bias))
+    scale = float(mse_scale(x)) if len(x) else float("nan")
+    if not 0 < scale < float("inf"):
+        raise AutoencoderError(
+            f"the sample of {len(x)} activations that training starts from holds NaN or infinity, or all its "
+            f"rows are equal: expected finite rows that differ; check the subject model and the hook"
+        )
+    rows = torch.randn(autoencoder.n_latents, autoencoder.d_model, generator=generator)
+    autoencoder.decoder_rows.copy_(rows)
+    normalise_rows_(autoencoder.decoder_rows)
+    autoencoder.latent_bias.zero_()
+    autoencoder.stats_last_nonzero.zero_()
+    autoencoder.pre_bias.copy_(geometric_median(x[:MEDIAN_ROWS]))
+    if not autoencoder.tied:
+        autoencoder.encoder.weight.copy_(autoencoder.decoder_rows)
+        autoencoder.encoder.weight.div_(_probe_norm(autoencoder, generator))
+    return scale
+
+
+def geometric_median(points: Tensor) -> Tensor:
+    """Return the point [d] with the least mean distance from points [m, d], in float32."""
+    points = points.float().cpu()
+    median: Tensor = compute_geometric_median(points, skip_typechecks=True, ftol=MEDIAN_TOLERANCE).median
+    return median
+
+
+def _probe_norm(autoencoder: Autoencoder, generator: torch.Generator | None) -> float:
+    """Mean norm of the reconstruction, less pre_bias, of random unit vectors around pre_bias."""
+    probes = torch.randn(N_PROBES, autoencoder.d_model, generator=generator)
+    normalise_rows_(probes)
+    x = probes.to(autoencoder.pre_bias) + autoencoder.pre_bias
+    latents = autoencoder.activation(autoencoder.encode_pre_act(x))
+    norm = float((latents @ autoencoder.decoder_rows).norm(dim=1).mean())
+    return norm if norm > 0 else 1.0
