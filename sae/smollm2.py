@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -72,11 +73,10 @@ def smollm2_folder(cache: Path | None = None) -> Path:
     try:
         convert(source, partial)
         _publish(partial, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise SubjectError(
-            f"{cache}: writing the converted model failed ({error.strerror or error}); about 540 MB are "
-            "needed "
-            "here, or name another folder in SAE_CACHE"
+            f"{cache}: writing the converted model failed ({error}); about 540 MB are "
+            "needed here, or name another folder in SAE_CACHE"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -78,6 +78,7 @@ class Subject:
     )
     complete: bool  # False if only the first layers were loaded
     bridge: Any
+    point: Any  # the hook as a module of the bridge
     device: torch.device
 
     @classmethod
@@ -116,9 +117,9 @@ class Subject:
         _check_layer(name, layers or n_layers, n_layers, model)
         tokenizer = load_tokenizer(model)
         bridge = boot(model, config, layers, dtype, device, tokenizer)
-        _check_hook(bridge, name, hook)
-        d_model = _probe_width(bridge, name, hook)
-        _use_fused_attention(bridge, name)
+        point = _hook_point(bridge, name, hook)
+        d_model = _probe_width(bridge, point, hook)
+        _use_fused_attention(bridge, point)
         masked = tuple(sorted(set(masked_positions)))
         identity = {
             "model": weights_identity(model, config),
@@ -139,6 +140,7 @@ class Subject:
             fingerprint=sha256(json.dumps(identity, sort_keys=True).encode()),
             complete=layers in (None, n_layers),
             bridge=bridge,
+            point=point,
             device=torch.device(device),
         )
 
@@ -159,7 +161,7 @@ class Subject:
             SubjectError: an id outside the vocabulary, a context that is too long, or activations with NaN or
                 infinity (with the row and position of the first).
         """
-        acts = _capture(self.bridge, self.hook, self._padded(token_ids))[:, : token_ids.shape[1]]
+        acts = _capture(self.bridge, self.point, self._padded(token_ids))[:, : token_ids.shape[1]]
         if not bool(torch.isfinite(acts).all()):
             row, position, _ = (~torch.isfinite(acts)).nonzero()[0].tolist()
             raise SubjectError(
@@ -192,7 +194,7 @@ class Subject:
             )
         width = token_ids.shape[1]
         ids = self._padded(token_ids)
-        logits = _run(self.bridge, self.hook, ids, _replacer(replace, width))[:, : width - 1]
+        logits = _run(self.bridge, self.point, ids, _replacer(replace, width))[:, : width - 1]
         targets = ids[:, 1:width]
         # Row by row: a float32 copy of all logits would double the peak memory.
         pairs = zip(logits, targets, strict=True)
@@ -227,9 +229,8 @@ Hook = Callable[..., Tensor | None]
 
 
 @torch.no_grad()
-def _run(bridge: Any, name: str, token_ids: Tensor, hook: Hook, return_type: str | None = "logits") -> Any:
-    # run_with_hooks would build its table of hook points anew for every batch.
-    point = bridge.hook_dict[name]
+def _run(bridge: Any, point: Any, token_ids: Tensor, hook: Hook, return_type: str | None = "logits") -> Any:
+    # run_with_hooks would build its table of all hook points anew for every batch.
     point.add_hook(hook)
     try:
         return bridge(token_ids, return_type=return_type, use_cache=False)
@@ -237,15 +238,15 @@ def _run(bridge: Any, name: str, token_ids: Tensor, hook: Hook, return_type: str
         point.remove_hooks("fwd")
 
 
-def _capture(bridge: Any, name: str, token_ids: Tensor) -> Tensor:
-    """Activations [B, T, d] at hook point `name`; heads and their width are flattened into d."""
+def _capture(bridge: Any, point: Any, token_ids: Tensor) -> Tensor:
+    """Activations [B, T, d] at hook point `point`; heads and their width are flattened into d."""
 
     def stop(acts: Tensor, hook: Any) -> Tensor | None:
         raise StopAtLayerException(acts)  # the bridge returns what it carries
 
-    acts = _run(bridge, name, token_ids, stop, return_type=None)
+    acts = _run(bridge, point, token_ids, stop, return_type=None)
     if not isinstance(acts, Tensor):
-        raise SubjectError(f"hook {name}: it exists but never fires in this model; choose another hook")
+        raise SubjectError(f"hook {point.name}: it exists but never fires in this model; choose another hook")
     return acts.flatten(2) if acts.ndim > 3 else acts
 
 
@@ -285,10 +286,10 @@ def _check_layer(name: str, loaded: int, n_layers: int, model: str) -> None:
         )
 
 
-def _check_hook(bridge: Any, name: str, given: str) -> None:
+def _hook_point(bridge: Any, name: str, given: str) -> Any:
     known = bridge.hook_dict
     if name in known:
-        return
+        return known[name]
     n_layers = len(bridge.blocks) if hasattr(bridge, "blocks") else 0
     locations = [f"{location}.{layer}" for location in LOCATIONS for layer in range(n_layers)]
     near = difflib.get_close_matches(given, [*locations, *known], n=4, cutoff=0.5)
@@ -297,11 +298,11 @@ def _check_hook(bridge: Any, name: str, given: str) -> None:
     raise SubjectError(f"subject.hook: {given!r} is no hook point of this model; {hint}")
 
 
-def _probe_width(bridge: Any, name: str, given: str) -> int:
+def _probe_width(bridge: Any, point: Any, given: str) -> int:
     # Two lengths tell a vector a token from a table over pairs of tokens, such as an attention pattern.
     shapes = []
     for width in (5, 7):
-        acts = _capture(bridge, name, torch.zeros(2, width, dtype=torch.int64, device=bridge.cfg.device))
+        acts = _capture(bridge, point, torch.zeros(2, width, dtype=torch.int64, device=bridge.cfg.device))
         shapes.append(tuple(acts.shape))
         if acts.shape[:2] != (2, width) or acts.ndim != 3 or acts.shape[2] != shapes[0][2]:
             raise SubjectError(
@@ -311,18 +312,18 @@ def _probe_width(bridge: Any, name: str, given: str) -> int:
     return int(shapes[0][2])
 
 
-def _use_fused_attention(bridge: Any, name: str) -> None:
+def _use_fused_attention(bridge: Any, point: Any) -> None:
     """Let blocks run the model's own fused attention, unless the hook lies inside attention.
 
     The bridge computes attention step by step, so that hooks can see scores and patterns; nothing here looks
     at those, and the model's own module is 10-20% faster. Undone if it does not give the same activations.
     """
     hf_model = bridge.original_model
-    inside_attention = ".attn." in (bridge.hook_dict[name].name or name)
+    inside_attention = ".attn." in point.name
     if inside_attention or not hasattr(bridge, "blocks") or hf_model.config._attn_implementation != "eager":
         return
     ids = torch.arange(2 * PAD_MULTIPLE, device=bridge.cfg.device).view(2, PAD_MULTIPLE) % bridge.cfg.d_vocab
-    before = _capture(bridge, name, ids).float()
+    before = _capture(bridge, point, ids).float()
     swapped: list[tuple[Any, Any]] = [
         (block.original_component, attn)
         for block in bridge.blocks
@@ -333,7 +334,7 @@ def _use_fused_attention(bridge: Any, name: str) -> None:
         setattr(owner, attn.name, attn.original_component)
     try:
         hf_model.set_attn_implementation("sdpa")
-        same = _agree(before, _capture(bridge, name, ids).float(), bridge.cfg.dtype)
+        same = _agree(before, _capture(bridge, point, ids).float(), bridge.cfg.dtype)
     except Exception:  # whatever an exotic architecture raises here, it still runs as the bridge built it
         same = False
     if not same:
