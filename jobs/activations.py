@@ -31,15 +31,9 @@ class Live:
         self._subject, self._contexts, self._batch = subject, contexts, batch
 
     def vectors(self, rows: Array) -> Tensor:
-        kept = self._contexts.kept_tokens(self._subject.masked_positions)[rows]
-        starts = np.cumsum(kept) - kept
-        out: Tensor | None = None
-        for chosen in self._contexts.batches(rows, self._batch):
-            acts, _ = kept_activations(self._subject, self._contexts, rows[chosen])
-            out = acts.new_empty(int(kept.sum()), acts.shape[1]) if out is None else out
-            within = np.arange(kept[chosen].sum()) - np.repeat(np.cumsum(kept[chosen]) - kept[chosen], kept[chosen])
-            out[torch.from_numpy(np.repeat(starts[chosen], kept[chosen]) + within)] = acts
-        return torch.empty(0, self._subject.d_model) if out is None else out
+        batches = (rows[start : start + self._batch] for start in range(0, len(rows), self._batch))
+        parts = [kept_activations(self._subject, self._contexts, batch)[0] for batch in batches]
+        return torch.cat(parts) if parts else torch.empty(0, self._subject.d_model)
 
 
 class Cached:

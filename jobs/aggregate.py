@@ -47,7 +47,7 @@ def merge(lake: Lake, snapshot: Snapshot, name: str, merged_from: list[str]) -> 
         for table in _MERGED:
             transaction.remove(snapshot.select(table, autoencoder=name))
             rows = _rows(connection, table, {"autoencoder": name, **given[table]})
-            transaction.write(table, rows.fetch_arrow_table(), autoencoder=name)
+            transaction.write(table, rows.to_arrow_table(), autoencoder=name)
         transaction.set(f"aggregate/{name}", merged_from)
     (live,) = connection.execute(
         "select count(distinct atom) from moments where autoencoder = $1", [name]

@@ -58,7 +58,7 @@ def _ranges(connection: duckdb.DuckDBPyConnection, name: str, file_rows: int) ->
 
 def _sorted(connection: duckdb.DuckDBPyConnection, name: str, low: int, high: int) -> Iterator[pa.Table]:
     reader = connection.execute(views.query("latents_of_atoms"), {"autoencoder": name, "low": low, "high": high})
-    for batch in reader.fetch_record_batch(_BATCH_ROWS):
+    for batch in reader.to_arrow_reader(_BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 
 

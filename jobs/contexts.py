@@ -1,6 +1,5 @@
-"""The contexts of a corpus in memory, and batches of them for the subject."""
+"""The contexts of a corpus in memory, and padded batches of them for the subject."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Contexts:
-    """c contexts of one corpus in order of context_id; `tokens` is their concatenation."""
+    """c contexts of one corpus in order of context_id; `tokens` is their concatenation, none is longer than `width`."""
 
     context_id: Array
     doc_id: Array
     tokens: Array
     offsets: Array
+    width: int
 
     def __len__(self) -> int:
         return len(self.context_id)
@@ -34,19 +34,17 @@ class Contexts:
         return np.diff(self.offsets)
 
     def padded(self, rows: Array) -> tuple[Tensor, Tensor]:
-        """Token ids [b, t] of the given rows, zeros behind the end, and their lengths [b]; t is the longest."""
+        """Token ids [b, width] of the given rows, zeros behind the end, and their lengths [b].
+
+        The width is always the same: with others, matrix kernels may sum in another order, and the bits of a context's
+        activations would depend on the batch that it is in.
+        """
         lengths = self.lengths[rows]
-        position = np.arange(lengths.max(initial=1))
+        position = np.arange(self.width)
         inside = position < lengths[:, None]
         source = np.where(inside, self.offsets[rows][:, None] + position, 0)
         token_ids = np.where(inside, self.tokens[source], 0).astype(np.int64)
         return torch.from_numpy(token_ids), torch.from_numpy(lengths)
-
-    def batches(self, rows: Array, size: int) -> Iterator[Array]:
-        """Indices into `rows` in batches, longest contexts first, so that a batch is hardly padded."""
-        order = np.argsort(-self.lengths[rows], kind="stable")
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
 
     def kept_tokens(self, masked_positions: tuple[int, ...]) -> Array:
         """Tokens of each context that are not at a masked position [c]."""
@@ -57,7 +55,7 @@ class Contexts:
 def load(lake: Lake, corpus: str, bounds: tuple[int, int] | None = None) -> Contexts:
     """The contexts of a finished corpus, or those with context_id within inclusive bounds."""
     snapshot = lake.snapshot()
-    state_of(snapshot, corpus)
+    state = state_of(snapshot, corpus)
     low, high = bounds or (0, 2**63 - 1)
     files = [
         file
@@ -73,6 +71,7 @@ def load(lake: Lake, corpus: str, bounds: tuple[int, int] | None = None) -> Cont
         doc_id=table["doc_id"].to_numpy(),
         tokens=lists.flatten().to_numpy(),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        width=state["context_length"],
     )
 
 

@@ -80,11 +80,12 @@ class Encoder:
     @torch.inference_mode()
     def _latents(self, corpus: contexts.Contexts) -> SortedRun:
         parts: list[tuple[Any, ...]] = []
-        rows = np.arange(len(corpus))
-        for chosen in corpus.batches(rows, self._config.encode.batch_contexts):
-            acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows[chosen])
+        size = self._config.encode.batch_contexts
+        for start in range(0, len(corpus), size):
+            rows = np.arange(start, min(start + size, len(corpus)))
+            acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows)
             row, latent, value = (part.cpu().numpy() for part in self._autoencoder.nonzeros(acts.float()))
-            parts.append((latent, corpus.context_id[chosen[at_row[row]]], at_pos[row], value))
+            parts.append((latent, corpus.context_id[rows[at_row[row]]], at_pos[row], value))
         atom, context_id, pos, act = (np.concatenate(column) for column in zip(*parts, strict=True))
         return SortedRun.from_rows(atom, context_id, pos, act)
 
