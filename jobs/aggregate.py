@@ -1,8 +1,6 @@
 """Step aggregate: merges the partial statistics of an autoencoder's runs into the tables `atoms` and `examples`."""
 
-from typing import Any, Final
-
-import duckdb
+from typing import Final
 
 from sae.jobs import checkpoints, contexts, progress, runs, views
 from sae.jobs.lake import Lake, Snapshot, connect, write_views
@@ -19,7 +17,9 @@ def run(config: Run) -> None:
     name, corpus = config.autoencoder.name, config.corpus.name
     made = snapshot.properties.get(f"encode/{name}")
     if made is None:
-        raise IncompleteError(f"aggregate: nothing is encoded with {name} in {config.lake}; run sae encode first")
+        raise IncompleteError(
+            f"aggregate: nothing is encoded with {name} in {config.lake}; run sae encode first"
+        )
     contexts.state_of(snapshot, corpus)
     plan, missing = runs.outstanding(snapshot, "encode", name, corpus, made["run_tokens"])
     if missing:
@@ -46,17 +46,11 @@ def merge(lake: Lake, snapshot: Snapshot, name: str, merged_from: list[str]) -> 
     with lake.transaction("aggregate") as transaction:
         for table in _MERGED:
             transaction.remove(snapshot.select(table, autoencoder=name))
-            rows = _rows(connection, table, {"autoencoder": name, **given[table]})
+            rows = connection.sql(views.query(table), params={"autoencoder": name, **given[table]})
             transaction.write(table, rows.to_arrow_table(), autoencoder=name)
         transaction.set(f"aggregate/{name}", merged_from)
-    (live,) = connection.execute(
-        "select count(distinct atom) from moments where autoencoder = $1", [name]
-    ).fetchone() or (0,)
+    live = len(set(lake.read(snapshot.select("moments", autoencoder=name), ["atom"])["atom"].to_pylist()))
     progress.say(f"aggregate: {live:,} of {state['n_latents']:,} atoms fire, over {n_tokens:,} tokens")
-
-
-def _rows(connection: duckdb.DuckDBPyConnection, table: str, given: dict[str, Any]) -> duckdb.DuckDBPyConnection:
-    return connection.execute(views.query(table), given)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,23 @@ from torch import Tensor
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.model import Autoencoder
 from sae.schemas.errors import AutoencoderError, IncompleteError
+from sae.subject import Subject
 
 
 def state_of(snapshot: Snapshot, name: str) -> dict[str, Any]:
     """The property of a fully trained autoencoder; raises IncompleteError where there is none."""
     state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{name}")
     if state is None:
-        known = [key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")]
+        known = [
+            key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")
+        ]
         raise IncompleteError(
             f"autoencoder {name}: not in this lake (it has: {', '.join(known) or 'none'}); run sae train first"
         )
     if not state["complete"]:
-        raise IncompleteError(f"autoencoder {name}: trained on {state['tokens']:,} tokens so far; finish sae train first")
+        raise IncompleteError(
+            f"autoencoder {name}: trained on {state['tokens']:,} tokens so far; finish sae train first"
+        )
     return state
 
 
@@ -34,7 +39,9 @@ def load(lake: Lake, name: str) -> Autoencoder:
     try:
         autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
     except RuntimeError as error:
-        raise AutoencoderError(f"autoencoder {name}: its checkpoint doesn't fit its config: {error}") from None
+        raise AutoencoderError(
+            f"autoencoder {name}: its checkpoint doesn't fit its config: {error}"
+        ) from None
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -43,7 +50,9 @@ def read_tensors(lake: Lake, file: DataFile) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise AutoencoderError(f"{path}: damaged checkpoint ({error}); restore the file from a copy") from None
+        raise AutoencoderError(
+            f"{path}: damaged checkpoint ({error}); restore the file from a copy"
+        ) from None
 
 
 def write_tensors(transaction: Transaction, kind: str, name: str, tensors: Mapping[str, Tensor]) -> str:
@@ -58,3 +67,12 @@ def write_tensors(transaction: Transaction, kind: str, name: str, tensors: Mappi
 def identity(snapshot: Snapshot, name: str) -> str:
     """Short hash of the weights that encode with: latents of other weights are other latents."""
     return snapshot.files[state_of(snapshot, name)["checkpoints"][-1]["model"]].sha256[:12]
+
+
+def check_fit(autoencoder: Autoencoder, subject: Subject, name: str) -> None:
+    """Raises AutoencoderError where the autoencoder's width is not that of the subject's activations."""
+    if autoencoder.d_model != subject.d_model:
+        raise AutoencoderError(
+            f"autoencoder {name}: made for activations of width {autoencoder.d_model}, but {subject.hook} of "
+            f"{subject.model} gives {subject.d_model}; give the subject.model and subject.hook that it was trained on"
+        )

@@ -64,14 +64,20 @@ def _parser() -> argparse.ArgumentParser:
         _add(commands, step, summary, lambda given, step=step: run_step(step, _config(given)), "config")
     _add(commands, "run", "all steps that are not yet done", _run_all, "config")
     status = _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
-    status.add_argument("--verify", action="store_true", help="read every file and compare it with the log's sha256")
+    status.add_argument(
+        "--verify", action="store_true", help="read every file and compare it with the log's sha256"
+    )
     sql = _add(commands, "sql", "a query over a lake's tables", _lake_command("sql"), "lake")
     sql.add_argument("query", help="SQL, or - to read it from standard input")
     sql.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
     sql.add_argument("--version", type=int, help="lake version; the newest when absent")
-    gc = _add(commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake")
+    gc = _add(
+        commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake"
+    )
     gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS")
-    drop = _add(commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake")
+    drop = _add(
+        commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake"
+    )
     what = drop.add_mutually_exclusive_group(required=True)
     what.add_argument("--latents", metavar="AUTOENCODER", help="its latents, statistics and examples")
     what.add_argument("--autoencoder", metavar="AUTOENCODER", help="the same, its checkpoints and metrics")
@@ -81,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add(
     commands: Any, name: str, summary: str, command: Callable[[argparse.Namespace], Any], positional: str
 ) -> argparse.ArgumentParser:
-    overrides = "\n\nAny key of the config can be given as --section.key value." if positional == "config" else ""
+    overrides = (
+        "\n\nAny key of the config can be given as --section.key value." if positional == "config" else ""
+    )
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,

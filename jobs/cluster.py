@@ -20,7 +20,13 @@ _IN_JOB: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @contextlib.contextmanager
 def connected(config: Run) -> Iterator[None]:
-    """Ray for the length of the block: the given cluster, the job's own, or a local one that ends with the block."""
+    """Ray for the length of the block: the given cluster, the job's own, or a local one that ends with the block.
+
+    A program that has called ray.init itself keeps its Ray, and the block uses it.
+    """
+    if ray.is_initialized():
+        yield
+        return
     in_job = _IN_JOB in os.environ
     if in_job and storage.is_local(config.lake) and not os.path.isabs(config.lake):
         raise ConfigError(
@@ -37,8 +43,14 @@ def connected(config: Run) -> Iterator[None]:
 
 def _start(address: str) -> None:
     # Workers that print, and Ray's own notes, would garble the progress line.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
     try:
         if address == "local":
             ray.init(
@@ -52,7 +64,9 @@ def _start(address: str) -> None:
             ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local") from None
+        raise ConfigError(
+            f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local"
+        ) from None
 
 
 def cpu_count() -> int:

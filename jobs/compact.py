@@ -44,7 +44,8 @@ def is_worthwhile(files: list[DataFile]) -> bool:
 def _ranges(connection: duckdb.DuckDBPyConnection, name: str, file_rows: int) -> list[tuple[int, int]]:
     """Inclusive atom ranges of about file_rows rows each; an atom is never split."""
     counts = connection.execute(
-        "select atom, sum(n_active)::bigint from moments where autoencoder = $1 group by atom order by atom", [name]
+        "select atom, sum(n_active)::bigint from moments where autoencoder = $1 group by atom order by atom",
+        [name],
     ).fetchall()
     ranges: list[tuple[int, int]] = []
     first, rows = 0, 0
@@ -57,8 +58,10 @@ def _ranges(connection: duckdb.DuckDBPyConnection, name: str, file_rows: int) ->
 
 
 def _sorted(connection: duckdb.DuckDBPyConnection, name: str, low: int, high: int) -> Iterator[pa.Table]:
-    reader = connection.execute(views.query("latents_of_atoms"), {"autoencoder": name, "low": low, "high": high})
-    for batch in reader.to_arrow_reader(_BATCH_ROWS):
+    rows = connection.sql(
+        views.query("latents_of_atoms"), params={"autoencoder": name, "low": low, "high": high}
+    )
+    for batch in rows.to_arrow_reader(_BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 
 

@@ -11,7 +11,7 @@ from sae.jobs import checkpoints, cluster, contexts, progress, runs
 from sae.jobs.activations import kept_activations
 from sae.jobs.lake import Lake, write_views
 from sae.schemas.config import Run
-from sae.schemas.errors import AutoencoderError, ConfigError, ConflictError, IncompleteError
+from sae.schemas.errors import ConfigError, ConflictError, IncompleteError
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
 from sae.subject import Subject
@@ -33,7 +33,9 @@ def run(config: Run) -> None:
     _, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
     write_views(lake)
     if missing:
-        raise IncompleteError(f"encode: {len(missing)} of {plan.n_runs} runs are still missing; run sae encode again")
+        raise IncompleteError(
+            f"encode: {len(missing)} of {plan.n_runs} runs are still missing; run sae encode again"
+        )
     progress.say(f"encode: {rows:,} latents in {plan.n_runs} runs of {corpus}")
 
 
@@ -65,7 +67,7 @@ class Encoder:
         self._lake = Lake(config.lake)
         self._subject = Subject.load(**config.subject.model_dump(), device=device)
         self._autoencoder = checkpoints.load(self._lake, config.autoencoder.name).to(device)
-        check_fit(self._autoencoder.d_model, self._subject, config.autoencoder.name)
+        checkpoints.check_fit(self._autoencoder, self._subject, config.autoencoder.name)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         run = int(batch["run"][0])
@@ -106,15 +108,6 @@ class Encoder:
                 data = pa.table(columns).select(schema.names).cast(schema)
                 transaction.write(table, data, corpus=corpus, autoencoder=name, run=run, tokens=tokens)
             transaction.set(f"encode/{name}", encoding)
-
-
-def check_fit(d_model: int, subject: Subject, name: str) -> None:
-    """Raises AutoencoderError where the autoencoder's width is not that of the subject's activations."""
-    if d_model != subject.d_model:
-        raise AutoencoderError(
-            f"autoencoder {name}: made for activations of width {d_model}, but {subject.hook} gives {subject.d_model}; "
-            "give the subject.model and subject.hook that it was trained on"
-        )
 
 
 if __name__ == "__main__":

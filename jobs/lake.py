@@ -57,7 +57,11 @@ class Snapshot:
     units: frozenset[str] = frozenset()
 
     def select(
-        self, table: str, corpus: str | None = None, autoencoder: str | None = None, subject: str | None = None
+        self,
+        table: str,
+        corpus: str | None = None,
+        autoencoder: str | None = None,
+        subject: str | None = None,
     ) -> list[DataFile]:
         """The table's files in order of run and path; None stands for any."""
         chosen = (
@@ -72,7 +76,12 @@ class Snapshot:
 
     def apply(self, entries: Iterable[dict[str, Any]]) -> "Snapshot":
         """The snapshot after further log entries."""
-        version, files, properties, units = self.version, dict(self.files), dict(self.properties), set(self.units)
+        version, files, properties, units = (
+            self.version,
+            dict(self.files),
+            dict(self.properties),
+            set(self.units),
+        )
         for entry in entries:
             version = entry["version"]
             for path in entry["remove"]:
@@ -95,7 +104,9 @@ class Lake:
         self.path = str(Path(path).absolute()) if storage.is_local(path) else path
         self._latest = Snapshot()
         if not create and not storage.exists(self._log_path(0)):
-            raise LakeError(f"{path}: no lake here (it has no _log folder with entries); give a lake's folder or run a step first")
+            raise LakeError(
+                f"{path}: no lake here (it has no _log folder with entries); give a lake's folder or run a step first"
+            )
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The newest version, or the one asked for."""
@@ -103,7 +114,9 @@ class Lake:
         if version is None or version == self._latest.version:
             return self._latest
         if not 0 <= version < self._latest.version:
-            raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}")
+            raise LakeError(
+                f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}"
+            )
         return Snapshot().apply(itertools.islice(self._entries(0), version + 1))
 
     def transaction(self, operation: str, unit: str | None = None) -> "Transaction":
@@ -124,7 +137,9 @@ class Lake:
             paths.append(path)
         return paths
 
-    def read(self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None) -> pa.Table:
+    def read(
+        self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None
+    ) -> pa.Table:
         return pa.concat_tables([formats.read(path, columns, filters) for path in self.verified(files)])
 
     def collect_garbage(self, older_than_s: float) -> list[str]:
@@ -217,7 +232,9 @@ class Transaction:
 
         def noted() -> Iterator[pa.Table]:
             for batch in [batches] if isinstance(batches, pa.Table) else batches:
-                ranges.append((formats.column_range(batch, "atom"), formats.column_range(batch, "context_id")))
+                ranges.append(
+                    (formats.column_range(batch, "atom"), formats.column_range(batch, "context_id"))
+                )
                 yield batch
 
         counted = 0

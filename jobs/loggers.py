@@ -24,7 +24,9 @@ class Logger:
         if "wandb" in self._config.training.log_to:
             import wandb
 
-            self._wandb = wandb.init(project="sae", id=name, resume="allow", config=self._config.model_dump(mode="json"))
+            self._wandb = wandb.init(
+                project="sae", id=name, resume="allow", config=self._config.model_dump(mode="json")
+            )
         return self
 
     def log(self, rows: list[Any]) -> None:

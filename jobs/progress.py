@@ -35,7 +35,9 @@ class Bar:
     def line(self) -> str:
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         share = f"{self.done:,}/{self.total:,} {self.unit}"
-        return f"{self.name}: {share}, {self.rate:,.0f} {self.unit}/s, {left:,.0f} s left {self.note}".rstrip()
+        return (
+            f"{self.name}: {share}, {self.rate:,.0f} {self.unit}/s, {left:,.0f} s left {self.note}".rstrip()
+        )
 
 
 class _TerminalBar(Bar):
@@ -66,7 +68,12 @@ def bar(name: str, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     if not sys.stderr.isatty():
         yield _LineBar(name, total, unit, done)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
         yield _TerminalBar(progress, name, total, unit, done)
 

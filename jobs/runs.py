@@ -37,7 +37,9 @@ def unit(step: str, owner: str, corpus: str, run: int) -> str:
     return f"{step}/{owner}/{corpus}/{run}"
 
 
-def outstanding(snapshot: Snapshot, step: str, owner: str, corpus: str, run_tokens: int) -> tuple[Plan, list[int]]:
+def outstanding(
+    snapshot: Snapshot, step: str, owner: str, corpus: str, run_tokens: int
+) -> tuple[Plan, list[int]]:
     """How a tokenized corpus is cut for a step and owner, and the runs that are not in the lake."""
     state = snapshot.properties[f"corpus/{corpus}"]
     plan = Plan(state["number"], state["n_contexts"], max(1, run_tokens // state["context_length"]))
@@ -45,7 +47,12 @@ def outstanding(snapshot: Snapshot, step: str, owner: str, corpus: str, run_toke
 
 
 def each_run(
-    step: str, worker: Callable[..., Any], arguments: tuple[Any, ...], n_workers: int, plan: Plan, missing: list[int]
+    step: str,
+    worker: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    n_workers: int,
+    plan: Plan,
+    missing: list[int],
 ) -> int:
     """Does the missing runs with a pool of Ray Data actors; returns the rows that were written.
 
@@ -58,7 +65,9 @@ def each_run(
     n_workers = min(n_workers, len(missing))
     rows = 0
     try:
-        done = ray.data.from_items([{"run": run} for run in missing], override_num_blocks=len(missing)).map_batches(
+        done = ray.data.from_items(
+            [{"run": run} for run in missing], override_num_blocks=len(missing)
+        ).map_batches(
             worker,
             fn_constructor_args=(*arguments, n_workers),
             batch_size=1,

@@ -65,7 +65,9 @@ def run(config: Run) -> None:
     with progress.bar("tokenize", total, "bytes", _bytes_before(reader, state["next"][0])) as bar:
         for shard, following in _shards(config, reader, tokenizer, state):
             state = _after(state, shard, following, reader, earlier)
-            with lake.transaction("tokenize", f"tokenize/{config.corpus.name}/{state['n_shards']}") as transaction:
+            with lake.transaction(
+                "tokenize", f"tokenize/{config.corpus.name}/{state['n_shards']}"
+            ) as transaction:
                 _write(transaction, config.corpus.name, shard, state, tokenizer)
             bar.advance(_bytes_before(reader, following[0]) - bar.done)
     write_views(lake)
@@ -128,7 +130,9 @@ def _shards(
             next_document = shard.first_document + len(shard.documents)
             shard = Shard(next_document, shard.first_context + len(shard.contexts))
     if not shard.contexts and shard.first_context == base:
-        raise CorpusError(f"corpus.paths: {len(reader.files)} files hold no document with text; {reader.bad_rows}")
+        raise CorpusError(
+            f"corpus.paths: {len(reader.files)} files hold no document with text; {reader.bad_rows}"
+        )
     yield shard, [len(reader.files), 0]
 
 
@@ -176,7 +180,9 @@ def _write(
 
 def _table(rows: list[Any], schema: pa.Schema) -> pa.Table:
     columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )
 
 
 def _bytes_before(reader: CorpusReader, file_index: int) -> int:

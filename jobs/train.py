@@ -13,13 +13,13 @@ from ray.exceptions import RayActorError, RayError
 from torch import Tensor
 
 from sae.activations import ReLU, TopK
+from sae.initialise import initialise
 from sae.jobs import checkpoints, cluster, contexts, progress
 from sae.jobs.activations import Cached, Live
 from sae.jobs.lake import Lake, Snapshot, write_views
 from sae.jobs.loggers import Logger
 from sae.jobs.stream import TokenStream, held_out
-from sae.losses import fvu, normalized_mse
-from sae.initialise import initialise
+from sae.metrics import reconstruction
 from sae.model import Autoencoder
 from sae.optimise import learning_rate
 from sae.schemas.config import Run
@@ -45,7 +45,10 @@ def run(config: Run) -> None:
     if state is not None and state["tokens"] >= total:
         progress.say(f"train: {name} is trained on {state['tokens']:,} tokens")
         return
-    with cluster.connected(config), progress.bar("train", total, "tokens", state["tokens"] if state else 0) as bar:
+    with (
+        cluster.connected(config),
+        progress.bar("train", total, "tokens", state["tokens"] if state else 0) as bar,
+    ):
         report = _follow(config, bar)
     write_views(lake)
     if lake.snapshot().properties[f"autoencoder/{name}"]["tokens"] < total:
@@ -104,7 +107,9 @@ def _made_with(config: Run) -> dict[str, Any]:
         "autoencoder": config.autoencoder.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", exclude=_MAY_CHANGE),
     }
-    keys = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    keys = {
+        f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
+    }
     return {"seed": config.seed, "corpus.name": config.corpus.name, **keys}
 
 
@@ -186,7 +191,11 @@ class Trainer:
                 if step % log_every == 0 or step == last_step:
                     logged.append((step, metrics))
                 done = step == last_step or self._stopping
-                if done or step * batch // training.checkpoint_tokens > (step - 1) * batch // training.checkpoint_tokens:
+                if (
+                    done
+                    or step * batch // training.checkpoint_tokens
+                    > (step - 1) * batch // training.checkpoint_tokens
+                ):
                     rows = _metric_rows("train", batch, logged) + self._validate(step)
                     self._commit(step, mse_scale, rows)
                     logger.log(rows)
@@ -209,20 +218,12 @@ class Trainer:
             decay_fraction=training.decay_fraction,
         )
 
-    @torch.no_grad()
     def _validate(self, step: int) -> list[Any]:
-        """Metric rows of the averaged weights on held-out tokens, in the space that the autoencoder encodes."""
+        """Metric rows of the averaged weights on held-out tokens."""
         if self._held_out is None:
             return []
         with self._averaged():
-            x, _ = self._autoencoder.preprocess(self._held_out.to(self._device).float())
-            recons, active = [], []
-            for part in x.split(512):
-                latents = self._autoencoder.activation(self._autoencoder.encode_pre_act(part))
-                recons.append(latents @ self._autoencoder.decoder_rows + self._autoencoder.pre_bias)
-                active.append((latents > 0).sum(dim=1).float())
-        whole = torch.cat(recons)
-        metrics = {"normalized_mse": normalized_mse(whole, x), "fvu": fvu(whole, x), "l0": torch.cat(active).mean()}
+            metrics = reconstruction(self._autoencoder, self._held_out.to(self._device).float())
         return _metric_rows("validation", self._config.training.batch_tokens, [(step, metrics)])
 
     def _averaged(self) -> Any:
@@ -236,13 +237,17 @@ class Trainer:
         with self._lake.transaction("train") as transaction:
             known = transaction.base.properties.get(f"autoencoder/{name}", {"checkpoints": []})
             with self._averaged():
-                model = checkpoints.write_tensors(transaction, "checkpoints", name, self._autoencoder.tensors())
+                model = checkpoints.write_tensors(
+                    transaction, "checkpoints", name, self._autoencoder.tensors()
+                )
             state = checkpoints.write_tensors(transaction, "training_states", name, self._step.state_dict())
             transaction.write("metrics", _metrics_table(rows), autoencoder=name)
             checkpoint = {"step": step, "tokens": tokens, "model": model, "state": state}
             kept = [*known["checkpoints"], checkpoint][-config.training.keep_checkpoints :]
             dropped = [old for old in known["checkpoints"] if old not in kept]
-            transaction.remove(transaction.base.files[old[kind]] for old in dropped for kind in ("model", "state"))
+            transaction.remove(
+                transaction.base.files[old[kind]] for old in dropped for kind in ("model", "state")
+            )
             transaction.set(f"autoencoder/{name}", self._property(tokens, step, mse_scale, kept))
 
     def _property(self, tokens: int, step: int, mse_scale: float, kept: list[Any]) -> dict[str, Any]:
@@ -291,7 +296,9 @@ def _step_config(config: Run, mse_scale: float) -> StepConfig:
 
 def _metric_rows(phase: str, batch: int, logged: list[tuple[int, dict[str, Tensor]]]) -> list[Any]:
     return [
-        (phase, step, step * batch, name, float(value)) for step, metrics in logged for name, value in metrics.items()
+        (phase, step, step * batch, name, float(value))
+        for step, metrics in logged
+        for name, value in metrics.items()
     ]
 
 

@@ -96,7 +96,8 @@ def statements(root: str, files: Iterable[File], properties: Mapping[str, Any]) 
 def _macros() -> list[str]:
     folder = resources.files("sae.schemas").joinpath("sql", "macros")
     return [
-        entry.read_text(encoding="utf-8") for entry in sorted(folder.iterdir(), key=lambda e: e.name)
+        entry.read_text(encoding="utf-8")
+        for entry in sorted(folder.iterdir(), key=lambda e: e.name)
         if entry.name.endswith(".sql")
     ]
 
@@ -149,7 +150,9 @@ def _runs(moments: list[File]) -> list[dict[str, Any]]:
 
 
 def _autoencoders(properties: Mapping[str, Any]) -> list[dict[str, Any]]:
-    widths = {row["autoencoder"]: row["bin_width"] for row in _properties(properties, "encode", "autoencoder")}
+    widths = {
+        row["autoencoder"]: row["bin_width"] for row in _properties(properties, "encode", "autoencoder")
+    }
     return [
         {**row, "bin_width": widths.get(row["autoencoder"])}
         for row in _properties(properties, "autoencoder", "autoencoder")

@@ -76,7 +76,10 @@ class SortedRun:
         """One row per atom: n_active, sums of powers 1 to 4 of the activations, the maximum."""
         starts = _starts(self.atom)
         act = self.act.astype(np.float64)
-        columns = {"atom": self.atom[starts], "n_active": np.diff(np.append(starts, len(self))).astype(np.int64)}
+        columns = {
+            "atom": self.atom[starts],
+            "n_active": np.diff(np.append(starts, len(self))).astype(np.int64),
+        }
         power = np.ones_like(act)
         for name in ("sum_act", "sum_act2", "sum_act3", "sum_act4"):
             power = power * act

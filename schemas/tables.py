@@ -16,7 +16,8 @@ MAX_CORPORA: Final = 2 ** (53 - CORPUS_SHIFT)
 
 def _table(grain: str, order: str, *fields: tuple[str, pa.DataType]) -> pa.Schema:
     return pa.schema(
-        [pa.field(name, kind, nullable=False) for name, kind in fields], metadata={"grain": grain, "order": order}
+        [pa.field(name, kind, nullable=False) for name, kind in fields],
+        metadata={"grain": grain, "order": order},
     )
 
 
@@ -39,7 +40,10 @@ CONTEXTS = _table(
 )
 
 VOCABULARY = _table(
-    "one row per token id of a corpus' tokenizer", "token_id", ("token_id", pa.int32()), ("token", pa.string())
+    "one row per token id of a corpus' tokenizer",
+    "token_id",
+    ("token_id", pa.int32()),
+    ("token", pa.string()),
 )
 
 
