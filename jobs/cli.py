@@ -1,6 +1,7 @@
 """The command line: `sae STEP run.yaml [--section.key value ...]`, and commands on a lake."""
 
 import argparse
+import functools
 import importlib
 import signal
 import sys
@@ -14,6 +15,7 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
 STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "export")
+_METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE"}
 _INTERRUPTED: Final = 128 + signal.SIGINT
 
 
@@ -34,8 +36,14 @@ def step_main(step: str) -> None:
     main([step, *sys.argv[1:]])
 
 
+def demo_main() -> None:
+    """Entry point of `make demo`."""
+    main(["demo"])
+
+
 def run_step(step: str, config: Run) -> None:
     """Runs one step in this process."""
+    importlib.import_module("sae.jobs.cluster").check_lake_of_job(config.lake)
     importlib.import_module(f"sae.jobs.{step}").run(config)
 
 
@@ -61,8 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for step in STEPS:
         summary = f"step {step} of a run"
-        _add(commands, step, summary, lambda given, step=step: run_step(step, _config(given)), "config")
+        _add(commands, step, summary, functools.partial(_run_one, step), "config")
     _add(commands, "run", "all steps that are not yet done", _run_all, "config")
+    submit = _add(commands, "submit", "a step as a job of a Ray cluster", _submit, "step", "config")
+    submit.add_argument("--address", metavar="URL", help="the job API; http://127.0.0.1:8265 when absent")
+    demo = commands.add_parser("demo", help="a small run from real text to answers, in ./demo")
+    demo.set_defaults(command=lambda _: importlib.import_module("sae.jobs.demo").main(run_step))
     status = _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
     status.add_argument(
         "--verify", action="store_true", help="read every file and compare it with the log's sha256"
@@ -85,11 +97,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(
-    commands: Any, name: str, summary: str, command: Callable[[argparse.Namespace], Any], positional: str
+    commands: Any,
+    name: str,
+    summary: str,
+    command: Callable[[argparse.Namespace], Any],
+    *positionals: str,
 ) -> argparse.ArgumentParser:
-    overrides = (
-        "\n\nAny key of the config can be given as --section.key value." if positional == "config" else ""
-    )
+    overrides = "\n\nAny key of the config can be given as --section.key value."
+    overrides = overrides if "config" in positionals else ""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
@@ -97,13 +112,25 @@ def _add(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(positional, metavar={"config": "run.yaml", "lake": "LAKE"}[positional])
+    for positional in positionals:
+        choices = (*STEPS, "run") if positional == "step" else None
+        parser.add_argument(positional, metavar=_METAVARS[positional], choices=choices)
     parser.set_defaults(command=command)
     return parser
 
 
 def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:
     return lambda given: getattr(importlib.import_module("sae.jobs.lake_commands"), name)(given)
+
+
+def _submit(given: argparse.Namespace) -> None:
+    from sae.jobs.submit import DEFAULT_ADDRESS, submit
+
+    submit(given.step, given.config, given.overrides, _config(given), given.address or DEFAULT_ADDRESS)
+
+
+def _run_one(step: str, given: argparse.Namespace) -> None:
+    run_step(step, _config(given))
 
 
 def _run_all(given: argparse.Namespace) -> None:

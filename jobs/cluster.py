@@ -27,13 +27,7 @@ def connected(config: Run) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    in_job = _IN_JOB in os.environ
-    if in_job and storage.is_local(config.lake) and not os.path.isabs(config.lake):
-        raise ConfigError(
-            f"lake: {config.lake} is a relative path, which in a submitted job lies in the job's temporary copy of the "
-            "working directory; give an absolute path that all nodes share"
-        )
-    address = "auto" if in_job else config.cluster.address
+    address = "auto" if _IN_JOB in os.environ else config.cluster.address
     _start(address)
     try:
         yield
@@ -41,10 +35,27 @@ def connected(config: Run) -> Iterator[None]:
         ray.shutdown()
 
 
+def check_lake_of_job(lake: str) -> None:
+    """In a submitted job, raises ConfigError for a lake that would vanish with it."""
+    if _IN_JOB in os.environ:
+        require_shared(lake)
+
+
+def require_shared(lake: str) -> None:
+    """Raises ConfigError for a lake inside of a job's working directory."""
+    if storage.is_local(lake) and not os.path.isabs(lake):
+        raise ConfigError(
+            f"lake: {lake} is a relative path, which in a submitted job lies in the job's temporary copy of "
+            "the working directory; give an absolute path that all nodes share"
+        )
+
+
 def _start(address: str) -> None:
     # Workers that print, and Ray's own notes, would garble the progress line.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Read when ray.data is first imported, which is later than this.
+    os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     quiet: dict[str, Any] = {
         "log_to_driver": False,
@@ -75,10 +86,13 @@ def cpu_count() -> int:
 
 
 def worker_options(n_workers: int) -> dict[str, Any]:
-    """Ray options for one of n_workers equal workers of a step: a GPU each where the cluster has any."""
-    if ray.cluster_resources().get("GPU", 0) >= 1:
-        return {"num_gpus": 1, "num_cpus": 1}
-    # Workers beyond the number of processors share them rather than wait for ever.
+    """Ray options for one of n_workers equal workers of a step: a GPU each, or a share where there are fewer.
+
+    Workers beyond the number of GPUs or processors share them rather than wait for ever.
+    """
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if gpus >= 1:
+        return {"num_gpus": 1 if gpus >= n_workers else gpus / n_workers, "num_cpus": 1}
     return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / (2 * n_workers))}
 
 

@@ -43,6 +43,7 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
     """With what the autoencoder's latents are made; raises ConfigError where those in the lake were made otherwise."""
     snapshot = lake.snapshot()
     name = config.autoencoder.name
+    _check_subject(config, checkpoints.state_of(snapshot, name)["made_with"])
     encoding = {
         "checkpoint": checkpoints.identity(snapshot, name),
         "seed": config.seed,
@@ -56,6 +57,17 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
                 f"keep {known}, or delete them with: sae drop {config.lake} --latents {name}"
             )
     return encoding
+
+
+def _check_subject(config: Run, made_with: dict[str, Any]) -> None:
+    """Raises ConfigError where the subject is another one than the autoencoder was trained on; layers may differ."""
+    for key, value in config.subject.model_dump(mode="json", exclude={"layers"}).items():
+        trained = made_with[f"subject.{key}"]
+        if trained != value:
+            raise ConfigError(
+                f"subject.{key}: autoencoder {config.autoencoder.name} was trained with {trained}, now it is {value}; "
+                f"give {trained}, or train another autoencoder"
+            )
 
 
 class Encoder:
@@ -106,7 +118,8 @@ class Encoder:
                 if "run" in schema.names:
                     columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
                 data = pa.table(columns).select(schema.names).cast(schema)
-                transaction.write(table, data, corpus=corpus, autoencoder=name, run=run, tokens=tokens)
+                named = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
+                transaction.write(table, data, contexts=self._plan.bounds(run), **named)
             transaction.set(f"encode/{name}", encoding)
 
 

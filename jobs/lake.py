@@ -8,6 +8,7 @@ A unit of work (`encode/demo/sotu/3`) can be committed once, so that a retried t
 import dataclasses
 import itertools
 import json
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +26,8 @@ from sae.schemas.errors import ConflictError, LakeError
 FORMAT: Final = 1
 VIEWS_FILE: Final = "views.sql"
 TENSORBOARD_FOLDER: Final = "tensorboard"
-_NOT_IN_LOG: Final = ("_log/", f"{TENSORBOARD_FOLDER}/", VIEWS_FILE)
+# Names that only a lake gives to files: it never deletes others, for somebody may keep theirs in its folder.
+_OWN_FILE: Final = re.compile(rf"[a-z_]+/(.+/)?[0-9a-f]{{16}}\.[a-z]+|(.+/)?{re.escape(storage.TEMPORARY_PREFIX)}[0-9a-f]{{32}}")
 Range = tuple[int, int]
 
 
@@ -144,13 +146,15 @@ class Lake:
 
     def collect_garbage(self, older_than_s: float) -> list[str]:
         """Deletes files that the newest version does not use and that are older than the given age, in seconds."""
-        used = set(self.snapshot().files)
         deadline = time.time() - older_than_s
+        # Listed first: what is committed between the two is then in use.
+        found = storage.list_files(self.path) + storage.list_files(self.path, temporary=True)
+        used = self.snapshot().files
         garbage = [
             path
-            for path in storage.list_files(self.path) + storage.list_files(self.path, temporary=True)
+            for path in found
             if path not in used
-            and not path.startswith(_NOT_IN_LOG)
+            and _OWN_FILE.fullmatch(path)
             and storage.modified(self.absolute(path)) < deadline
         ]
         for path in garbage:
@@ -176,7 +180,8 @@ class Lake:
             raise LakeError(f"{path}: not a log entry; restore the file from a copy of the lake") from None
         if format_ > FORMAT:
             raise LakeError(
-                f"{self.path}: written by a newer sae (lake format {format_}, this one reads up to {FORMAT}); upgrade sae"
+                f"{self.path}: written by a newer sae (lake format {format_}, this one reads up to {FORMAT}); "
+                "upgrade sae"
             )
         return entry
 
@@ -226,8 +231,9 @@ class Transaction:
         autoencoder: str | None = None,
         run: int | None = None,
         tokens: int = 0,
+        contexts: Range | None = None,
     ) -> DataFile:
-        """Adds one Parquet file of the table."""
+        """Adds one Parquet file of the table; `contexts` is told where the rows don't name them."""
         ranges: list[tuple[Range | None, Range | None]] = []
 
         def noted() -> Iterator[pa.Table]:
@@ -249,7 +255,7 @@ class Transaction:
             file,
             rows=counted,
             atoms=formats.widest(atoms for atoms, _ in ranges),
-            contexts=formats.widest(contexts for _, contexts in ranges),
+            contexts=formats.widest(found for _, found in ranges) or contexts,
         )
 
     def write_with(self, table: str, suffix: str, write: Callable[[str], None], **named: Any) -> DataFile:

@@ -141,7 +141,8 @@ def _bos(config: Run, tokenizer: Tokenizer) -> list[int]:
         return []
     if tokenizer.bos_token_id is None:
         raise SubjectError(
-            f"corpus.prepend_bos: the tokenizer of {config.subject.model} has no beginning-of-text token; set it to false"
+            f"corpus.prepend_bos: the tokenizer of {config.subject.model} has no beginning-of-text token; "
+            "set it to false"
         )
     return [tokenizer.bos_token_id]
 

@@ -62,7 +62,7 @@ def n_steps(config: Run) -> int:
 
 def _follow(config: Run, bar: progress.Bar) -> str:
     """Runs the actor and shows its reports; an interrupt lets it save a checkpoint first."""
-    trainer = ray.remote(Trainer).options(max_concurrency=2, **cluster.worker_options(1)).remote(config)
+    trainer: Any = ray.remote(Trainer).options(max_concurrency=2, **cluster.worker_options(1)).remote(config)
     reports = trainer.train.options(num_returns="streaming").remote()
     note = ""
     try:

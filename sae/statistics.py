@@ -35,7 +35,7 @@ def priority(seed: int, atom: Array, context_id: Array, pos: Array) -> Array:
     return state
 
 
-def _mix(x: Array) -> Array:
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -99,7 +99,7 @@ class SortedRun:
         }
 
     def top(self, n: int) -> Columns:
-        """Up to n rows per atom: contexts by highest activation, ties by context_id; pos is the first of the maximum."""
+        """Up to n rows per atom: contexts by highest activation, ties by context_id; pos is its first position."""
         starts = _starts(self.atom, self.context_id)
         peak = _reduce(np.maximum, self.act, starts)
         lengths = np.diff(np.append(starts, len(self)))

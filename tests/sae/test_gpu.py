@@ -1,0 +1,72 @@
+"""The same mathematics on a GPU: equal to the CPU in double precision, exact under ties, resumable."""
+
+import pytest
+import torch
+
+from sae.activations import TopK
+from sae.initialise import initialise
+from sae.kernels.decode import decode
+from sae.kernels.sampled import sampled_matmul
+from sae.kernels.scatter import sparse_t_matmul
+from sae.kernels.topk import topk
+from sae.model import Autoencoder
+from sae.training import StepConfig, TrainStep
+
+pytestmark = pytest.mark.gpu
+
+
+def trainer(device: str, data: torch.Tensor) -> TrainStep:
+    autoencoder = Autoencoder(256, data.shape[1], TopK(8), normalize=True).double()
+    scale = initialise(autoencoder, data, torch.Generator().manual_seed(0))
+    config = StepConfig(mse_scale=scale, auxk=16, dead_after_tokens=300, clip=1.0, ema_decay=0.9)
+    return TrainStep(autoencoder.to(device), config)
+
+
+def test_training_equals_the_cpu() -> None:
+    data = torch.randn(20 * 128, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    on_cpu, on_gpu = trainer("cpu", data), trainer("cuda", data)
+    for batch in data.split(128):
+        expected = on_cpu.step(batch, 1e-3)
+        found = on_gpu.step(batch.cuda(), 1e-3)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name].cpu().double(), value.double(), rtol=1e-6, atol=1e-9)
+    assert on_cpu.dead.mask(300).any()
+    for name, value in on_cpu.state_dict().items():
+        torch.testing.assert_close(on_gpu.state_dict()[name].cpu(), value, rtol=1e-7, atol=1e-9)
+
+
+def test_a_resumed_training_goes_on_bit_by_bit() -> None:
+    data = torch.randn(20 * 128, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole, first = trainer("cuda", data), trainer("cuda", data)
+    batches = data.cuda().split(128)
+    for batch in batches:
+        whole.step(batch, 1e-3)
+    for batch in batches[:9]:
+        first.step(batch, 1e-3)
+    second = trainer("cuda", data)
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    for batch in batches[9:]:
+        second.step(batch, 1e-3)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("levels", [2, 1000])
+def test_topk_is_a_stable_sort(levels: int) -> None:
+    x = torch.randint(levels, (300, 4096), device="cuda").float()
+    values, indices = topk(x, 32)
+    expected = x.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(values, expected.values[:, :32])
+    assert torch.equal(indices, expected.indices[:, :32])
+
+
+def test_sparse_products_equal_dense_ones() -> None:
+    rows, n, d, k = 512, 2000, 96, 16
+    values = torch.randn(rows, k, device="cuda", dtype=torch.float64)
+    indices = torch.rand(rows, n, device="cuda").argsort(dim=1)[:, :k]
+    dense = torch.zeros(rows, n, device="cuda", dtype=torch.float64).scatter_(1, indices, values)
+    weight = torch.randn(n, d, device="cuda", dtype=torch.float64)
+    grad = torch.randn(rows, d, device="cuda", dtype=torch.float64)
+    torch.testing.assert_close(decode(values, indices, weight), dense @ weight)
+    torch.testing.assert_close(sampled_matmul(grad, weight, indices), (grad @ weight.T).gather(1, indices))
+    torch.testing.assert_close(sparse_t_matmul(values, indices, grad, n), dense.T @ grad)
