@@ -1,5 +1,6 @@
 """Step train: a Ray actor trains the autoencoder from batches of activations and commits checkpoints to the lake."""
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -233,6 +234,11 @@ class Trainer:
         """Weights, training state, metrics and the autoencoder's property, in one commit."""
         config = self._config
         name = config.autoencoder.name
+        if not all(math.isfinite(row[4]) for row in rows):
+            raise AutoencoderError(
+                f"autoencoder {name}: training diverged before step {step} (a metric is NaN or infinite); lower "
+                "training.lr, or set training.clip_norm, and run sae train again to go on from the last checkpoint"
+            )
         tokens = step * config.training.batch_tokens
         with self._lake.transaction("train") as transaction:
             known = transaction.base.properties.get(f"autoencoder/{name}", {"checkpoints": []})

@@ -65,7 +65,7 @@ class Training(_Section):
     """Optimisation; all lengths are counted in tokens."""
 
     tokens: Count = 50_000_000
-    batch_tokens: Count = 131_072
+    batch_tokens: Annotated[int, Field(ge=2)] = 131_072
     lr: float = Field(1e-4, gt=0)
     warmup_tokens: Annotated[int, Field(ge=0)] = 0
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
