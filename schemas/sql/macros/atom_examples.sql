@@ -5,7 +5,8 @@ create or replace macro atom_examples(autoencoder_, atom_, kind_) as table
         from examples
         where autoencoder = autoencoder_ and atom = atom_ and kind = kind_
     ),
-    positions as (
+    -- materialized: without it DuckDB 2.0.0 fails on the next join ("dict-surviving join ... not single-source")
+    positions as materialized (
         select
             chosen.rank, chosen.context_id, chosen.pos, chosen.act, contexts.corpus, contexts.doc_id,
             unnest(token_ids) as token_id,
