@@ -54,9 +54,7 @@ def merged_from(snapshot: Snapshot, name: str) -> list[str]:
     Raises IncompleteError where nothing is merged, or other runs were since.
     """
     merged: list[str] | None = snapshot.properties.get(f"aggregate/{name}")
-    if merged is None or merged != sorted(
-        file.sha256 for file in snapshot.select("moments", autoencoder=name)
-    ):
+    if merged is None or merged != sorted(file.sha256 for file in snapshot.select("moments", autoencoder=name)):
         state = "not made" if merged is None else "older than its encoded runs"
         raise IncompleteError(f"autoencoder {name}: its atoms are {state}; run sae aggregate first")
     return merged
@@ -111,9 +109,7 @@ def _path(config: Run) -> str:
         "k": str(config.autoencoder.k),
     }
     try:
-        named = {
-            field for _, field, _, _ in string.Formatter().parse(config.export.path) if field is not None
-        }
+        named = {field for _, field, _, _ in string.Formatter().parse(config.export.path) if field is not None}
         path = config.export.path.format(**values) if named <= set(values) else ""
     except ValueError:
         path = ""
@@ -143,15 +139,15 @@ def _check_owner(folder: str, known: Manifest | None, manifest: Manifest) -> Non
     if known is None:
         if _atom_files(folder):
             raise ConfigError(
-                f"export.folder: {folder} holds atoms but no manifest.json; "
-                "give another folder or delete this one"
+                f"export.folder: {folder} holds atoms but no manifest.json; give another folder or delete this one"
             )
         return
     theirs, ours = ((of.autoencoder, of.model, of.hook) for of in (known, manifest))
     if theirs != ours:
         raise ConfigError(
             f"export.folder: {folder} holds autoencoder {theirs[0]} of {theirs[1]} at {theirs[2]}, not "
-            f"{ours[0]} of {ours[1]} at {ours[2]}; give another export.folder or export.path, or delete this one"
+            f"{ours[0]} of {ours[1]} at {ours[2]}; "
+            "give another export.folder or export.path, or delete this one"
         )
 
 

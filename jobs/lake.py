@@ -24,10 +24,13 @@ from sae.jobs import formats, storage, views
 from sae.schemas.errors import ConflictError, LakeError
 
 FORMAT: Final = 1
+_ENTRY_KEYS: Final = frozenset({"version", "unit", "add", "remove", "forget", "set"})
 VIEWS_FILE: Final = "views.sql"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 # Names that only a lake gives to files: it never deletes others, for somebody may keep theirs in its folder.
-_OWN_FILE: Final = re.compile(rf"[a-z_]+/(.+/)?[0-9a-f]{{16}}\.[a-z]+|(.+/)?{re.escape(storage.TEMPORARY_PREFIX)}[0-9a-f]{{32}}")
+_DATA_FILE: Final = r"[a-z_]+/(.+/)?[0-9a-f]{16}\.[a-z]+"
+_TEMPORARY: Final = r"(.+/)?\.tmp-[0-9a-f]{32}"
+_OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}")
 Range = tuple[int, int]
 
 
@@ -116,9 +119,7 @@ class Lake:
         if version is None or version == self._latest.version:
             return self._latest
         if not 0 <= version < self._latest.version:
-            raise LakeError(
-                f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}"
-            )
+            raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}")
         return Snapshot().apply(itertools.islice(self._entries(0), version + 1))
 
     def transaction(self, operation: str, unit: str | None = None) -> "Transaction":
@@ -139,9 +140,7 @@ class Lake:
             paths.append(path)
         return paths
 
-    def read(
-        self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None
-    ) -> pa.Table:
+    def read(self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         return pa.concat_tables([formats.read(path, columns, filters) for path in self.verified(files)])
 
     def collect_garbage(self, older_than_s: float) -> list[str]:
@@ -153,9 +152,7 @@ class Lake:
         garbage = [
             path
             for path in found
-            if path not in used
-            and _OWN_FILE.fullmatch(path)
-            and storage.modified(self.absolute(path)) < deadline
+            if path not in used and _OWN_FILE.fullmatch(path) and storage.modified(self.absolute(path)) < deadline
         ]
         for path in garbage:
             storage.remove(self.absolute(path))
@@ -173,16 +170,19 @@ class Lake:
         path = self._log_path(version)
         if not storage.exists(path):
             return None
+        damaged = LakeError(f"{path}: not a log entry; restore the file from a copy of the lake")
         try:
             entry: dict[str, Any] = json.loads(storage.read_bytes(path))
             format_ = int(entry["format"])
         except (ValueError, KeyError, TypeError):
-            raise LakeError(f"{path}: not a log entry; restore the file from a copy of the lake") from None
+            raise damaged from None
         if format_ > FORMAT:
             raise LakeError(
                 f"{self.path}: written by a newer sae (lake format {format_}, this one reads up to {FORMAT}); "
                 "upgrade sae"
             )
+        if not entry.keys() >= _ENTRY_KEYS or entry["version"] != version:
+            raise damaged
         return entry
 
     def link(self, entry: dict[str, Any]) -> bool:
@@ -238,9 +238,7 @@ class Transaction:
 
         def noted() -> Iterator[pa.Table]:
             for batch in [batches] if isinstance(batches, pa.Table) else batches:
-                ranges.append(
-                    (formats.column_range(batch, "atom"), formats.column_range(batch, "context_id"))
-                )
+                ranges.append((formats.column_range(batch, "atom"), formats.column_range(batch, "context_id")))
                 yield batch
 
         counted = 0

@@ -11,7 +11,6 @@ from decimal import Decimal
 from typing import Any, Final
 
 import duckdb
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae.jobs import storage
@@ -20,6 +19,7 @@ from sae.jobs.progress import bar, say
 from sae.schemas.errors import ConfigError, LakeError
 
 _BATCH_ROWS: Final = 10_000
+_UNLIMITED_WIDTH: Final = 1_000_000
 # Of an autoencoder's files, those that remain when only its latents are dropped.
 _OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics"})
 # Kinds of properties and units, KIND/NAME..., that go with them.
@@ -27,6 +27,8 @@ _OF_LATENTS: Final = ("encode", "aggregate")
 _OF_AUTOENCODER: Final = (*_OF_LATENTS, "evaluate", "autoencoder")
 
 Rows = list[dict[str, Any]]
+Connection = duckdb.DuckDBPyConnection
+Relation = duckdb.DuckDBPyRelation
 
 
 def status(given: Namespace) -> None:
@@ -142,11 +144,7 @@ def _print_rows(title: str, rows: Rows) -> None:
     print()
     for line in cells:
         parts = zip(line, widths, to_right, strict=True)
-        print(
-            "  ".join(
-                text.rjust(width) if right else text.ljust(width) for text, width, right in parts
-            ).rstrip()
-        )
+        print("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in parts).rstrip())
 
 
 def _cell(value: object) -> str:
@@ -160,7 +158,10 @@ def sql(given: Namespace) -> None:
     query = sys.stdin.read() if given.query == "-" else given.query
     connection = connect(given.lake, given.version)
     try:
-        _WRITERS[given.format](connection, query)
+        answer = connection.sql(query)
+        if answer is None:
+            raise ConfigError("sql: the text asks for nothing; give for example: select count(*) from latents")
+        _WRITERS[given.format](connection, answer)
     except duckdb.Error as error:
         raise LakeError(f"sql: {_one_line(str(error))}") from None
 
@@ -170,46 +171,33 @@ def _one_line(message: str) -> str:
     return " ".join(message.split("\nLINE ")[0].split())
 
 
-def _executed(connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
-    """Runs the query; returns the names of its columns."""
-    connection.execute(query)
-    if connection.description is None:
-        raise ConfigError("sql: the text holds no query; give for example: select count(*) from latents")
-    return [column[0] for column in connection.description]
-
-
-def _batches(connection: duckdb.DuckDBPyConnection) -> Iterator[list[tuple[Any, ...]]]:
+def _rows(connection: Connection, answer: Relation) -> Iterator[tuple[Any, ...]]:
+    connection.execute(answer.sql_query())
     while batch := connection.fetchmany(_BATCH_ROWS):
-        yield batch
+        yield from batch
 
 
-def _write_table(connection: duckdb.DuckDBPyConnection, query: str) -> None:
-    relation = connection.sql(query)
-    if relation is None:
-        raise ConfigError("sql: the text holds no query; give for example: select count(*) from latents")
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100_000
-    relation.show(max_width=width, max_rows=_BATCH_ROWS)
+def _write_table(_: Connection, answer: Relation) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else _UNLIMITED_WIDTH
+    answer.show(max_width=width, max_rows=_BATCH_ROWS)
 
 
-def _write_csv(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+def _write_csv(connection: Connection, answer: Relation) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(_executed(connection, query))
-    for batch in _batches(connection):
-        writer.writerows([[_csv_value(value) for value in row] for row in batch])
+    writer.writerow(answer.columns)
+    writer.writerows([_csv_value(value) for value in row] for row in _rows(connection, answer))
 
 
 def _csv_value(value: Any) -> Any:
     return _json(value) if isinstance(value, list | tuple | dict) else value
 
 
-def _write_json(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+def _write_json(connection: Connection, answer: Relation) -> None:
     """An array of records, one a line."""
-    names = _executed(connection, query)
     separator = "[\n"
-    for batch in _batches(connection):
-        for row in batch:
-            print(separator + _json(dict(zip(names, row, strict=True))), end="")
-            separator = ",\n"
+    for row in _rows(connection, answer):
+        print(separator + _json(dict(zip(answer.columns, row, strict=True))), end="")
+        separator = ",\n"
     print("[]" if separator == "[\n" else "\n]")
 
 
@@ -230,19 +218,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _write_parquet(connection: duckdb.DuckDBPyConnection, query: str) -> None:
+def _write_parquet(_: Connection, answer: Relation) -> None:
     if sys.stdout.isatty():
-        raise ConfigError(
-            "sql: Parquet is binary; send it to a file: sae sql ... --format parquet > answer.parquet"
-        )
-    _executed(connection, query)
-    reader: Any = connection.to_arrow_reader(_BATCH_ROWS)
+        raise ConfigError("sql: Parquet is binary; send it to a file: sae sql ... --format parquet > answer.parquet")
+    reader: Any = answer.to_arrow_reader(_BATCH_ROWS)
     with pq.ParquetWriter(sys.stdout.buffer, reader.schema, compression="zstd") as writer:
         for batch in reader:
-            writer.write_table(pa.Table.from_batches([batch]))
+            writer.write_batch(batch)
 
 
-_WRITERS: Final[dict[str, Callable[[duckdb.DuckDBPyConnection, str], None]]] = {
+_WRITERS: Final[dict[str, Callable[[Connection, Relation], None]]] = {
     "table": _write_table,
     "csv": _write_csv,
     "json": _write_json,

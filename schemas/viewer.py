@@ -10,9 +10,7 @@ from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SIGN_CONVENTION: Final = (
-    "ablate_loss_diff = loss(clean) - loss(ablated), in nats: negative where the atom helped"
-)
+SIGN_CONVENTION: Final = "ablate_loss_diff = loss(clean) - loss(ablated), in nats: negative where the atom helped"
 
 Count = Annotated[int, Field(ge=0)]
 Density = Annotated[float, Field(ge=0, le=1)]
@@ -82,7 +80,7 @@ class AtomFile(_Strict):
     """One atom: its statistics over all tokens, zeros included, its histogram and its example sequences.
 
     `mean_act` = E[a], `mean_act_squared` = E[a^2], `skew` = E[a^3] / E[a^2]^1.5, `kurtosis` =
-    E[a^4] / E[a^2]^2, null where there is no value. `hist` counts the activations > 0 by bin ceil(a / bin_width).
+    E[a^4] / E[a^2]^2, null where there is no value. `hist` counts activations > 0 by bin ceil(a / bin_width).
     `top` are contexts by falling activation, `random` a uniform sample of the activations > 0.
     """
 
@@ -102,9 +100,7 @@ class AtomFile(_Strict):
             raise ValueError(f"density is {self.density}, but hist counts {counted} activations")
         for name, sequences in (("top", self.top), ("random", self.random)):
             if len(sequences) > counted:
-                raise ValueError(
-                    f"{name} has {len(sequences)} sequences, but hist counts {counted} activations"
-                )
+                raise ValueError(f"{name} has {len(sequences)} sequences, but hist counts {counted} activations")
         if any(lower.act > higher.act for higher, lower in itertools.pairwise(self.top)):
             raise ValueError("top is not in order of falling act")
         return self

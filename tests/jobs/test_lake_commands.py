@@ -1,0 +1,241 @@
+"""The commands on a lake: what they print, what they take out, and how they fail."""
+
+import csv
+import io
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from sae.jobs import aggregate, cli, lake_commands
+from sae.jobs.lake import connect
+from sae.schemas.errors import ConfigError, LakeError
+from tests.lakes import CORPUS, N_LATENTS, NAME, Small, encode, small_config, small_lake
+
+LATENT_TABLES = {"latents", "moments", "histograms", "top", "samples", "atoms", "examples"}
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    return small_lake(tmp_path_factory.mktemp("pristine") / "lake")
+
+
+@pytest.fixture
+def small(pristine: Small, tmp_path: Path) -> Small:
+    return pristine.copy(tmp_path / "lake")
+
+
+@pytest.fixture
+def ask(small: Small, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Asks a query, returns what is printed."""
+
+    def asked(query: str, format_: str = "csv", version: int | None = None) -> str:
+        lake_commands.sql(Namespace(lake=small.config.lake, query=query, format=format_, version=version))
+        return capsys.readouterr().out
+
+    return asked
+
+
+def status(small: Small, verify: bool = False) -> None:
+    lake_commands.status(Namespace(lake=small.config.lake, verify=verify))
+
+
+def drop(small: Small, **what: str) -> None:
+    lake_commands.drop(Namespace(lake=small.config.lake, **{"latents": None, "autoencoder": None, **what}))
+
+
+def collect(small: Small, hours: float = 0.0) -> None:
+    lake_commands.gc(Namespace(lake=small.config.lake, older_than=hours))
+
+
+def tables(small: Small) -> set[str]:
+    return {file.table for file in small.lake.snapshot().files.values()}
+
+
+def test_status_tells_what_there_is_and_that_nothing_is_unfinished(
+    small: Small, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status(small)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for table in tables(small):
+        files = small.lake.snapshot().select(table)
+        numbers = (len(files), sum(file.rows for file in files), sum(file.bytes for file in files))
+        assert [table, *(f"{number:,}" for number in numbers)] in lines
+    assert [CORPUS, "20", "20", str(sum(map(len, small.contexts))), "yes"] in lines
+    assert [NAME, "models/tiny", "blocks.1.hook_resid_pre", str(N_LATENTS), "3", "64", "yes"] in lines
+    assert lines[-1] == ["unfinished:", "nothing"]
+
+
+def test_status_names_the_unfinished_steps(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    with small.lake.transaction("drop") as transaction:
+        transaction.forget([f"encode/{NAME}/{CORPUS}/1"])
+        transaction.remove(file for file in small.lake.snapshot().files.values() if file.run == 1)
+        corpus = small.lake.snapshot().properties[f"corpus/{CORPUS}"]
+        transaction.set(f"corpus/{CORPUS}", {**corpus, "complete": False})
+    status(small)
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"unfinished: tokenize of corpus {CORPUS}; encode of {CORPUS} with {NAME} (1 of 3 runs are missing); "
+        f"aggregate of {NAME}"
+    )
+
+
+def test_verify_finds_a_changed_and_a_missing_file(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    status(small, verify=True)
+    assert "verified: all" in capsys.readouterr().out
+    changed, missing = (small.lake.snapshot().select(table)[0].path for table in ("latents", "atoms"))
+    data = bytearray(Path(small.config.lake, changed).read_bytes())
+    data[len(data) // 2] ^= 1
+    Path(small.config.lake, changed).write_bytes(data)
+    Path(small.config.lake, missing).unlink()
+    with pytest.raises(LakeError) as caught:
+        status(small, verify=True)
+    assert f"{changed} has another sha256 than the log" in str(caught.value)
+    assert f"{missing} is missing" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_csv_is_a_header_and_the_rows(ask: Callable[..., str], small: Small) -> None:
+    out = list(csv.reader(io.StringIO(ask("select context_id, token_ids from contexts order by 1"))))
+    assert out[0] == ["context_id", "token_ids"]
+    assert [json.loads(ids) for _, ids in out[1:]] == small.contexts
+
+
+def test_json_holds_null_for_what_is_no_number(ask: Callable[..., str]) -> None:
+    numbers = "'nan'::double as a, ['inf'::float, 1] as b, {'x': '-inf'::double} as c, 1.5 as d"
+    query = f"select {numbers}, '\"é\n' as e, null as f"
+    record = {"a": None, "b": [None, 1.0], "c": {"x": None}, "d": 1.5, "e": '"é\n', "f": None}
+    assert json.loads(ask(query, "json")) == [record]
+    assert json.loads(ask(f"{query} where false", "json")) == []
+
+
+def test_json_goes_on_over_many_batches(ask: Callable[..., str]) -> None:
+    assert json.loads(ask("select range as i from range(25000)", "json")) == [{"i": i} for i in range(25000)]
+
+
+def test_parquet_is_a_file_on_standard_output(small: Small, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    query = "select context_id, sum(act) as total from latents group by context_id order by context_id"
+    lake_commands.sql(Namespace(lake=small.config.lake, query=query, format="parquet", version=None))
+    table = pq.read_table(io.BytesIO(capfdbinary.readouterr().out))
+    assert table.to_pylist() == connect(small.config.lake).sql(query).to_arrow_table().to_pylist()
+
+
+def test_the_table_is_for_reading(ask: Callable[..., str]) -> None:
+    out = ask(f"select atom, 'it''s' as word from atoms where autoencoder = '{NAME}' order by atom", "table")
+    assert "word" in out
+    assert out.count("it's") == N_LATENTS
+
+
+def test_a_query_comes_from_standard_input(ask: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("select 40 + 2 as answer"))
+    assert ask("-") == "answer\n42\n"
+
+
+def test_a_query_sees_the_version_that_is_asked_for(ask: Callable[..., str]) -> None:
+    # Versions 0 and 1 are tokenize and train, 2 is the first run.
+    assert ask("select count(distinct run) as runs from moments", version=1) == "runs\n0\n"
+    assert ask("select count(distinct run) as runs from moments", version=3) == "runs\n2\n"
+
+
+@pytest.mark.parametrize("format_", ["table", "csv", "json", "parquet"])
+@pytest.mark.parametrize(
+    ("query", "error", "problem"),
+    [
+        ("select * from latent", LakeError, "sql: .*latent does not exist"),
+        ("select wrong from latents", LakeError, 'sql: .*"wrong" not found'),
+        ("selec 1", LakeError, "sql: .*syntax error"),
+        ("select error('boom')", LakeError, "sql: .*boom"),
+        (" ", ConfigError, "sql: the text asks for nothing"),
+    ],
+)
+def test_a_faulty_query_is_told_in_one_line(
+    ask: Callable[..., str], query: str, error: type[Exception], problem: str, format_: str
+) -> None:
+    with pytest.raises(error, match=problem) as caught:
+        ask(query, format_)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_ends_with_1_on_a_faulty_query(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["sql", small.config.lake, "select * from nothing"])
+    assert ended.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: sql: ")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["status", "sql", "gc", "drop"])
+def test_a_folder_without_a_lake_is_refused(tmp_path: Path, command: str) -> None:
+    given: dict[str, Any] = {"query": "select 1", "format": "csv", "version": None, "older_than": 0.0}
+    given |= {"verify": False, "latents": NAME, "autoencoder": None, "lake": str(tmp_path)}
+    with pytest.raises(LakeError, match="no lake here"):
+        getattr(lake_commands, command)(Namespace(**given))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dropped_latents_are_gone_and_can_be_encoded_again(small: Small) -> None:
+    rows = "select atom, context_id, pos, act from latents order by all"
+    before = connect(small.config.lake).execute(rows).fetchall()
+    drop(small, latents=NAME)
+    assert tables(small) == {"documents", "contexts", "vocabulary", "checkpoints", "training_states"}
+    properties = small.lake.snapshot().properties
+    assert {f"encode/{NAME}", f"aggregate/{NAME}"}.isdisjoint(properties)
+    assert f"autoencoder/{NAME}" in properties
+    assert connect(small.config.lake).execute(rows).fetchall() == []
+    for run in range(3):
+        encode(small, run)
+    aggregate.run(small.config)
+    assert tables(small) >= LATENT_TABLES
+    assert connect(small.config.lake).execute(rows).fetchall() == before
+
+
+def test_a_dropped_autoencoder_leaves_the_corpus_only(small: Small) -> None:
+    with small.lake.transaction("evaluate", f"evaluate/{NAME}/c0ffee/{CORPUS}/8"):
+        pass
+    drop(small, autoencoder=NAME)
+    snapshot = small.lake.snapshot()
+    assert tables(small) == {"documents", "contexts", "vocabulary"}
+    assert snapshot.units == {f"tokenize/{CORPUS}/1"}
+    assert set(snapshot.properties) == {f"corpus/{CORPUS}"}
+
+
+def test_dropping_one_autoencoder_leaves_another_whose_name_begins_alike(small: Small) -> None:
+    other = Small(small_config(Path(small.config.lake), NAME + "er"), small.contexts, small.acts)
+    encode(other, 0)
+    drop(small, latents=NAME)
+    snapshot = small.lake.snapshot()
+    assert f"encode/{NAME}er/{CORPUS}/0" in snapshot.units
+    assert snapshot.select("latents", autoencoder=NAME + "er")
+    assert not snapshot.select("latents", autoencoder=NAME)
+
+
+@pytest.mark.parametrize("what", ["latents", "autoencoder"])
+def test_dropping_an_unknown_name_tells_the_known_ones(small: Small, what: str) -> None:
+    version = small.lake.snapshot().version
+    with pytest.raises(LakeError, match=rf"--{what}: no .*wrong in this lake; it has: {NAME}$"):
+        drop(small, **{what: "wrong"})
+    assert small.lake.snapshot().version == version
+
+
+def test_gc_frees_what_was_dropped_and_nothing_else(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    lake = Path(small.config.lake)
+    dropped = {file.path for file in small.lake.snapshot().files.values() if file.table in LATENT_TABLES}
+    drop(small, latents=NAME)
+    kept = {str(path.relative_to(lake)) for path in lake.rglob("*") if path.is_file()} - dropped
+    capsys.readouterr()
+    collect(small, hours=1.0)
+    assert capsys.readouterr().out == ""
+    collect(small)
+    assert set(capsys.readouterr().out.splitlines()) == dropped
+    assert {str(path.relative_to(lake)) for path in lake.rglob("*") if path.is_file()} == kept
+
+
+@pytest.mark.parametrize("hours", [-1.0, float("nan"), float("inf")])
+def test_gc_takes_no_negative_age(small: Small, hours: float) -> None:
+    with pytest.raises(ConfigError, match="--older-than"):
+        collect(small, hours)
