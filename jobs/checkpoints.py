@@ -1,7 +1,7 @@
 """Autoencoders in the lake: their property `autoencoder/NAME` and the files of their checkpoints."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -10,16 +10,16 @@ from torch import Tensor
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.model import Autoencoder
 from sae.schemas.errors import AutoencoderError, IncompleteError
-from sae.subject import Subject
+
+if TYPE_CHECKING:  # importing it loads transformer_lens, which takes seconds
+    from sae.subject import Subject
 
 
 def state_of(snapshot: Snapshot, name: str) -> dict[str, Any]:
     """The property of a fully trained autoencoder; raises IncompleteError where there is none."""
     state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{name}")
     if state is None:
-        known = [
-            key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")
-        ]
+        known = [key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")]
         raise IncompleteError(
             f"autoencoder {name}: not in this lake (it has: {', '.join(known) or 'none'}); run sae train first"
         )
@@ -39,9 +39,7 @@ def load(lake: Lake, name: str) -> Autoencoder:
     try:
         autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
     except RuntimeError as error:
-        raise AutoencoderError(
-            f"autoencoder {name}: its checkpoint doesn't fit its config: {error}"
-        ) from None
+        raise AutoencoderError(f"autoencoder {name}: its checkpoint doesn't fit its config: {error}") from None
     return autoencoder.eval().requires_grad_(False)
 
 
@@ -50,9 +48,7 @@ def read_tensors(lake: Lake, file: DataFile) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
-        raise AutoencoderError(
-            f"{path}: damaged checkpoint ({error}); restore the file from a copy"
-        ) from None
+        raise AutoencoderError(f"{path}: damaged checkpoint ({error}); restore the file from a copy") from None
 
 
 def write_tensors(transaction: Transaction, kind: str, name: str, tensors: Mapping[str, Tensor]) -> str:
@@ -69,7 +65,7 @@ def identity(snapshot: Snapshot, name: str) -> str:
     return snapshot.files[state_of(snapshot, name)["checkpoints"][-1]["model"]].sha256[:12]
 
 
-def check_fit(autoencoder: Autoencoder, subject: Subject, name: str) -> None:
+def check_fit(autoencoder: Autoencoder, subject: "Subject", name: str) -> None:
     """Raises AutoencoderError where the autoencoder's width is not that of the subject's activations."""
     if autoencoder.d_model != subject.d_model:
         raise AutoencoderError(
