@@ -1,5 +1,7 @@
 """Autoencoders in the lake: their property `autoencoder/NAME` and the files of their checkpoints."""
 
+import os
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +56,18 @@ def read_tensors(lake: Lake, file: DataFile) -> dict[str, Tensor]:
 def write_tensors(transaction: Transaction, kind: str, name: str, tensors: Mapping[str, Tensor]) -> str:
     """Adds a safetensors file to a transaction; returns its path in the lake."""
     contiguous = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
-    file = transaction.write_with(
-        kind, "safetensors", lambda path: safetensors.torch.save_file(contiguous, path), autoencoder=name
-    )
-    return file.path
+    return transaction.write_with(kind, "safetensors", lambda path: _save(contiguous, path), autoencoder=name).path
+
+
+def _save(tensors: dict[str, Tensor], path: str) -> None:
+    try:
+        safetensors.torch.save_file(tensors, path)
+    except SafetensorError as error:
+        # It wraps errors of the disk, and the number is only in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def identity(snapshot: Snapshot, name: str) -> str:

@@ -1,14 +1,17 @@
 """Runs: a corpus cut into ranges of contexts, each a unit of work that any worker can do, once or again."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
 
 from sae.jobs import cluster, progress
 from sae.jobs.lake import Snapshot
+from sae.schemas import errors
+from sae.schemas.errors import SaeError
 from sae.schemas.tables import CORPUS_SHIFT
 
 
@@ -46,6 +49,25 @@ def outstanding(
     return plan, [run for run in range(plan.n_runs) if unit(step, owner, corpus, run) not in snapshot.units]
 
 
+class _Worker:
+    """Makes the worker at its first run, and hands back its errors as rows: Ray Data would keep only their text."""
+
+    def __init__(self, worker: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self._make = functools.partial(worker, *arguments)
+
+    @functools.cached_property
+    def _worker(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        made: Callable[[dict[str, Any]], dict[str, Any]] = self._make()
+        return made
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {**self._worker(batch), "error": [""], "message": [""]}
+        except SaeError as error:
+            nothing = {"run": batch["run"], "tokens": [0], "rows": [0]}
+            return {**nothing, "error": [type(error).__name__], "message": [str(error)]}
+
+
 def each_run(
     step: str,
     worker: Callable[..., Any],
@@ -68,14 +90,16 @@ def each_run(
         done = ray.data.from_items(
             [{"run": run} for run in missing], override_num_blocks=len(missing)
         ).map_batches(
-            worker,
-            fn_constructor_args=(*arguments, n_workers),
+            _Worker,
+            fn_constructor_args=(worker, (*arguments, n_workers)),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=n_workers),
             **cluster.worker_options(n_workers),
         )
         with progress.bar(step, plan.n_runs, "runs", plan.n_runs - len(missing)) as bar:
             for row in done.iter_rows():
+                if row["error"]:
+                    raise cast(SaeError, getattr(errors, row["error"])(row["message"]))
                 rows += row["rows"]
                 bar.advance(1)
     except RayError as error:

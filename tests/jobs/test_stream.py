@@ -1,0 +1,134 @@
+"""Training sees every token once an epoch, in an order that can be resumed anywhere."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae.jobs.stream import TokenStream, held_out
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A source whose activations tell which token they are: rows [context, position]."""
+
+    kept: Array
+
+    def vectors(self, rows: Array) -> Tensor:
+        pairs = [(row, pos) for row in rows.tolist() for pos in range(self.kept[row])]
+        return torch.tensor(pairs, dtype=torch.float32).reshape(-1, 2)
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> tuple[Array, Array]:
+    """Kept tokens of each context, some with none, and the contexts that are trained on."""
+    kept = draw(st.lists(st.integers(0, 9), min_size=1, max_size=30).filter(any))
+    chosen = draw(st.lists(st.booleans(), min_size=len(kept), max_size=len(kept)))
+    rows = np.flatnonzero(chosen)
+    lengths = np.array(kept)
+    return lengths, rows if lengths[rows].sum() else np.arange(len(kept))
+
+
+SIZES = st.integers(1, 40)
+SEEDS = st.integers(0, 100)
+
+
+def stream(corpus: tuple[Array, Array], batch: int, buffer: int, seed: int) -> TokenStream:
+    kept, rows = corpus
+    return TokenStream(Numbered(kept), rows, kept[rows], batch, buffer, seed)
+
+
+def tokens(batches: Iterator[Tensor], n: int) -> list[tuple[float, ...]]:
+    """The first n tokens of a stream."""
+    flat = itertools.chain.from_iterable(batch.tolist() for batch in batches)
+    return [tuple(token) for token in itertools.islice(flat, n)]
+
+
+@given(corpora(), SIZES, SIZES, SEEDS)
+def test_every_kept_token_comes_once_an_epoch(corpus: tuple[Array, Array], batch: int, buffer: int, seed: int) -> None:
+    kept, rows = corpus
+    everything = sorted((row, pos) for row in rows.tolist() for pos in range(kept[row]))
+    made = stream(corpus, batch, buffer, seed)
+    assert made.epoch_tokens == len(everything)
+    seen = tokens(made.batches(), 3 * len(everything))
+    for epoch in range(3):
+        assert sorted(seen[epoch * len(everything) :][: len(everything)]) == everything
+
+
+@given(corpora(), SIZES, SIZES, SEEDS, st.integers(0, 300))
+def test_from_any_position_on_comes_what_a_stream_from_the_start_gives_there(
+    corpus: tuple[Array, Array], batch: int, buffer: int, seed: int, position: int
+) -> None:
+    made = stream(corpus, batch, buffer, seed)
+    whole = tokens(made.batches(), position + 60)
+    assert tokens(made.batches(position), 60) == whole[position:]
+
+
+@given(corpora(), SIZES, SIZES, SEEDS)
+def test_all_batches_are_full(corpus: tuple[Array, Array], batch: int, buffer: int, seed: int) -> None:
+    sizes = {len(part) for part in itertools.islice(stream(corpus, batch, buffer, seed).batches(), 10)}
+    assert sizes == {batch}
+
+
+@given(corpora(), SIZES, st.integers(41, 80), SIZES, SEEDS)
+def test_batch_size_does_not_change_the_order(
+    corpus: tuple[Array, Array], batch: int, other: int, buffer: int, seed: int
+) -> None:
+    assert tokens(stream(corpus, batch, buffer, seed).batches(), 100) == tokens(
+        stream(corpus, other, buffer, seed).batches(), 100
+    )
+
+
+def test_buffer_bounds_how_far_tokens_are_shuffled_and_what_is_held() -> None:
+    """Consecutive chunks of about the buffer's size hold whole contexts, each shuffled over its chunk."""
+    corpus = np.full(100, 8), np.arange(100)
+    for buffer in (8, 80, 800):
+        seen = tokens(stream(corpus, 8, buffer, 0).batches(), 800)
+        chunks = [seen[start : start + buffer] for start in range(0, 800, buffer)]
+        assert [len({row for row, _ in chunk}) for chunk in chunks] == [buffer // 8] * (800 // buffer)
+        spread = [abs(seen[i][0] - seen[i + 1][0]) > 0 for i in range(799)]
+        assert (np.mean(spread) > 0.5) == (buffer > 8)
+
+
+def test_seeds_and_epochs_give_other_orders() -> None:
+    corpus = np.full(20, 5), np.arange(20)
+    first, second = (tokens(stream(corpus, 10, 50, seed).batches(), 200) for seed in (0, 1))
+    assert first != second
+    assert first[:100] != first[100:]
+
+
+DOCUMENTS = st.lists(st.integers(1, 5), min_size=10, max_size=60).map(
+    lambda lengths: np.repeat(np.arange(len(lengths)) * 3, lengths)
+)
+
+
+@given(DOCUMENTS, st.floats(0.01, 0.9), SEEDS)
+def test_held_out_documents_never_straddle(doc_id: Array, fraction: float, seed: int) -> None:
+    mask = held_out(doc_id, fraction, seed)
+    assert mask.any()
+    assert not set(doc_id[mask]) & set(doc_id[~mask])
+    assert (held_out(doc_id, fraction, seed) == mask).all()
+
+
+@given(DOCUMENTS, SEEDS)
+def test_nothing_is_held_out_when_nothing_is_asked_for(doc_id: Array, seed: int) -> None:
+    assert not held_out(doc_id, 0.0, seed).any()
+
+
+def test_about_the_fraction_is_held_out() -> None:
+    doc_id = np.repeat(np.arange(10_000), 2)
+    # Five standard deviations of a binomial count of 10,000 draws.
+    assert abs(held_out(doc_id, 0.1, 0).mean() - 0.1) < 5 * 0.003
+
+
+@given(st.integers(2, 30), st.floats(0.01, 0.5), SEEDS)
+def test_a_corpus_of_one_document_is_split_by_context(n: int, fraction: float, seed: int) -> None:
+    assert held_out(np.zeros(n, np.int64), fraction, seed).any()
