@@ -45,6 +45,9 @@ def run_step(step: str, config: Run) -> None:
     """Runs one step in this process."""
     importlib.import_module("sae.jobs.cluster").check_lake_of_job(config.lake)
     importlib.import_module(f"sae.jobs.{step}").run(config)
+    # Also when there was nothing to do: the command before may have been killed just before it did this.
+    lake = importlib.import_module("sae.jobs.lake")
+    lake.write_views(lake.Lake(config.lake))
 
 
 def _guarded(command: Callable[[], Any]) -> int:

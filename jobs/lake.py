@@ -344,7 +344,12 @@ def connect(path: str, version: int | None = None) -> duckdb.DuckDBPyConnection:
 
 
 def write_views(lake: Lake) -> None:
-    """Writes views.sql, with which a bare duckdb opens the newest version: `duckdb -init LAKE/views.sql`."""
+    """Writes views.sql, with which a bare duckdb opens the newest version: `duckdb -init LAKE/views.sql`.
+
+    A file that is right already is left alone.
+    """
     snapshot = lake.snapshot()
-    text = views.statements(lake.path, snapshot.files.values(), snapshot.properties)
-    storage.write_atomic(lake.absolute(VIEWS_FILE), text.encode())
+    text = views.statements(lake.path, snapshot.files.values(), snapshot.properties).encode()
+    path = lake.absolute(VIEWS_FILE)
+    if not storage.exists(path) or storage.read_bytes(path) != text:
+        storage.write_atomic(path, text)

@@ -75,6 +75,17 @@ def test_steps_done_a_second_time_change_nothing(finished: Lab, tmp_path: Path) 
     assert lab.bytes() == before
 
 
+def test_stale_views_are_mended_by_the_next_command(finished: Lab, tmp_path: Path) -> None:
+    """A command that is killed between its commit and views.sql leaves the old views behind."""
+    lab = finished.copy(tmp_path)
+    lab.done("aggregate")
+    views = lab.lake / "views.sql"
+    right = views.read_bytes()
+    views.write_text("create view latents as select 1;")
+    lab.done("aggregate")
+    assert views.read_bytes() == right
+
+
 def kill_trainer_at_checkpoint(lab: Lab, n: int) -> threading.Thread:
     """Waits for the n-th checkpoint and then kills the training actor, in the background."""
 
