@@ -17,9 +17,7 @@ def run(config: Run) -> None:
     name, corpus = config.autoencoder.name, config.corpus.name
     made = snapshot.properties.get(f"encode/{name}")
     if made is None:
-        raise IncompleteError(
-            f"aggregate: nothing is encoded with {name} in {config.lake}; run sae encode first"
-        )
+        raise IncompleteError(f"aggregate: nothing is encoded with {name} in {config.lake}; run sae encode first")
     contexts.state_of(snapshot, corpus)
     plan, missing = runs.outstanding(snapshot, "encode", name, corpus, made["run_tokens"])
     if missing:

@@ -79,20 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a small run from real text to answers, in ./demo")
     demo.set_defaults(command=lambda _: importlib.import_module("sae.jobs.demo").main(run_step))
     status = _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
-    status.add_argument(
-        "--verify", action="store_true", help="read every file and compare it with the log's sha256"
-    )
+    status.add_argument("--verify", action="store_true", help="read every file and compare it with the log's sha256")
     sql = _add(commands, "sql", "a query over a lake's tables", _lake_command("sql"), "lake")
     sql.add_argument("query", help="SQL, or - to read it from standard input")
     sql.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
     sql.add_argument("--version", type=int, help="lake version; the newest when absent")
-    gc = _add(
-        commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake"
-    )
+    gc = _add(commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake")
     gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS")
-    drop = _add(
-        commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake"
-    )
+    drop = _add(commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake")
     what = drop.add_mutually_exclusive_group(required=True)
     what.add_argument("--latents", metavar="AUTOENCODER", help="its latents, statistics and examples")
     what.add_argument("--autoencoder", metavar="AUTOENCODER", help="the same, its checkpoints and metrics")

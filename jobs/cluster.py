@@ -63,21 +63,34 @@ def _start(address: str) -> None:
         "configure_logging": True,
     }
     try:
-        if address == "local":
-            ray.init(
-                address="local",
-                num_cpus=cpu_count(),
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-        else:
-            ray.init(address=address, **quiet)
+        with _native_notes_hidden():
+            if address == "local":
+                ray.init(
+                    address="local",
+                    num_cpus=cpu_count(),
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
+            else:
+                ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local"
-        ) from None
+        raise ConfigError(f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local") from None
+
+
+@contextlib.contextmanager
+def _native_notes_hidden() -> Iterator[None]:
+    """Ray's native code announces its log level on the process' standard error before it heeds it."""
+    kept = os.dup(2)
+    hidden = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(hidden, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(hidden)
+        os.close(kept)
 
 
 def cpu_count() -> int:

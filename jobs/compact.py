@@ -58,9 +58,7 @@ def _ranges(connection: duckdb.DuckDBPyConnection, name: str, file_rows: int) ->
 
 
 def _sorted(connection: duckdb.DuckDBPyConnection, name: str, low: int, high: int) -> Iterator[pa.Table]:
-    rows = connection.sql(
-        views.query("latents_of_atoms"), params={"autoencoder": name, "low": low, "high": high}
-    )
+    rows = connection.sql(views.query("latents_of_atoms"), params={"autoencoder": name, "low": low, "high": high})
     for batch in rows.to_arrow_reader(_BATCH_ROWS):
         yield pa.Table.from_batches([batch])
 

@@ -63,9 +63,7 @@ def load(lake: Lake, corpus: str, bounds: tuple[int, int] | None = None) -> Cont
         if file.contexts and file.contexts[0] <= high and low <= file.contexts[1]
     ]
     inside = (pc.field("context_id") >= low) & (pc.field("context_id") <= high)
-    table = (
-        lake.read(files, ["context_id", "doc_id", "token_ids"], inside).sort_by("context_id").combine_chunks()
-    )
+    table = lake.read(files, ["context_id", "doc_id", "token_ids"], inside).sort_by("context_id").combine_chunks()
     lists = table["token_ids"].combine_chunks()
     lengths = pc.list_value_length(lists).to_numpy().astype(np.int64)
     return Contexts(

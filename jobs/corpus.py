@@ -68,9 +68,7 @@ class BadRows:
 
     def __str__(self) -> str:
         """Describe them in one line."""
-        causes = (
-            f"{n} {cause} ({', '.join(self.examples[cause])})" for cause, n in self.counts.most_common()
-        )
+        causes = (f"{n} {cause} ({', '.join(self.examples[cause])})" for cause, n in self.counts.most_common())
         return f"bad rows skipped: {'; '.join(causes)}" if self.total else "no bad rows"
 
 
@@ -217,9 +215,7 @@ def _require_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _BadRowError(
-            f"half of a surrogate pair in column {name!r}", "text that UTF-8 can hold"
-        ) from None
+        raise _BadRowError(f"half of a surrogate pair in column {name!r}", "text that UTF-8 can hold") from None
 
 
 def _invalid_utf8(error: UnicodeDecodeError) -> _BadRowError:
@@ -265,9 +261,7 @@ def _read_parquet(file: FileInfo, first: int, columns: Sequence[str]) -> Iterato
     with storage.open_read(file.path) as raw, _intact(file.path):
         parquet = pq.ParquetFile(raw, buffer_size=_BUFFER, pre_buffer=False, page_checksum_verification=True)
         metadata = parquet.metadata
-        ends = list(
-            itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        )
+        ends = list(itertools.accumulate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
         group = bisect.bisect_right(ends, first)
         row = ends[group - 1] if group else 0
         present = [name for name in columns if name in parquet.schema_arrow.names]
@@ -297,13 +291,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise _BadRowError(
-            "invalid JSON", f"one JSON object a line ({error.msg}, column {error.colno})"
-        ) from None
+        raise _BadRowError("invalid JSON", f"one JSON object a line ({error.msg}, column {error.colno})") from None
     except (RecursionError, ValueError):
-        raise _BadRowError(
-            "invalid JSON", "one JSON object a line (too deep, or too long a number)"
-        ) from None
+        raise _BadRowError("invalid JSON", "one JSON object a line (too deep, or too long a number)") from None
     if not isinstance(row, dict):
         raise _BadRowError("not a JSON object", 'an object such as {"text": "..."}')
     return row

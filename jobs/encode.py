@@ -33,9 +33,7 @@ def run(config: Run) -> None:
     _, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
     write_views(lake)
     if missing:
-        raise IncompleteError(
-            f"encode: {len(missing)} of {plan.n_runs} runs are still missing; run sae encode again"
-        )
+        raise IncompleteError(f"encode: {len(missing)} of {plan.n_runs} runs are still missing; run sae encode again")
     progress.say(f"encode: {rows:,} latents in {plan.n_runs} runs of {corpus}")
 
 

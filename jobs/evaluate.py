@@ -45,10 +45,7 @@ def run(config: Run) -> None:
             metrics: dict[str, float] = ray.get(task.remote(config))
         except RayError as error:
             raise cluster.cause(error) from None
-    rows = [
-        ("evaluate", state["step"], state["tokens"], metric, value)
-        for metric, value in sorted(metrics.items())
-    ]
+    rows = [("evaluate", state["step"], state["tokens"], metric, value) for metric, value in sorted(metrics.items())]
     columns = [pa.array(column) for column in zip(*rows, strict=True)]
     with lake.transaction("evaluate", unit) as transaction:
         transaction.remove(snapshot.select("metrics", corpus=corpus, autoencoder=name))
@@ -69,9 +66,7 @@ def _evaluate(config: Run) -> dict[str, float]:
     validation = held_out(corpus.doc_id, config.training.validation, config.seed)
     kept = corpus.kept_tokens(config.subject.masked_positions)
     test = _first(np.flatnonzero(validation), kept, config.evaluate.tokens)
-    train = _first(
-        np.random.default_rng(config.seed).permutation(np.flatnonzero(~validation)), kept, _SAMPLE_TOKENS
-    )
+    train = _first(np.random.default_rng(config.seed).permutation(np.flatnonzero(~validation)), kept, _SAMPLE_TOKENS)
     if not len(train) or not len(test):
         raise CorpusError(f"corpus {config.corpus.name}: too few documents to hold any out; add text")
     live = Live(subject, corpus, config.evaluate.batch_contexts)
@@ -80,9 +75,7 @@ def _evaluate(config: Run) -> dict[str, float]:
         x = live.vectors(test).float()
         metrics = {name: float(value) for name, value in reconstruction(autoencoder, x).items()}
         metrics |= _baselines(autoencoder, sample, x, config)
-        metrics["dead_fraction"] = float(
-            (autoencoder.stats_last_nonzero > config.training.dead_tokens).float().mean()
-        )
+        metrics["dead_fraction"] = float((autoencoder.stats_last_nonzero > config.training.dead_tokens).float().mean())
         metrics |= _losses(subject, autoencoder, corpus, test, config.evaluate.batch_contexts)
     return metrics
 

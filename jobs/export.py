@@ -12,6 +12,7 @@ from typing import Any, Final
 import duckdb
 from pydantic import ValidationError
 
+import sae
 from sae.jobs import checkpoints, progress, storage, views
 from sae.jobs.lake import Lake, Snapshot, connect
 from sae.schemas.config import Run
@@ -21,7 +22,7 @@ from sae.schemas.viewer import SIGN_CONVENTION, AtomFile, Manifest, Sequence
 # Atoms gathered by one query: bounds the memory, and still lets each row group of latents be read about once.
 _ATOMS_PER_QUERY: Final = 256
 _ATOM_FILE: Final = re.compile(r"[0-9]+(-ablated)?\.json")
-_PACKAGES: Final = ("sae", "duckdb", "torch", "transformer_lens")
+_PACKAGES: Final = ("duckdb", "torch", "transformer_lens")
 
 
 def run(config: Run) -> None:
@@ -83,7 +84,8 @@ def _manifest(snapshot: Snapshot, config: Run) -> Manifest:
         complete=False,
         source=hashlib.sha256(source.encode()).hexdigest(),
         lake_version=snapshot.version,
-        versions={package: importlib.metadata.version(package) for package in _PACKAGES},
+        # A job's copy of the working directory is not an installed package.
+        versions={"sae": sae.__version__} | {name: importlib.metadata.version(name) for name in _PACKAGES},
         **described,
     )
 

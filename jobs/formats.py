@@ -40,9 +40,7 @@ def read(path: str, columns: list[str] | None = None, filters: Any = None) -> pa
     try:
         return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(
-            f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy"
-        ) from None
+        raise LakeError(f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy") from None
 
 
 def column_range(table: pa.Table, column: str) -> tuple[int, int] | None:
@@ -58,14 +56,10 @@ def widest(ranges: Iterator[tuple[int, int] | None]) -> tuple[int, int] | None:
     return (min(low for low, _ in known), max(high for _, high in known)) if known else None
 
 
-def write_vectors(
-    context_id: npt.NDArray[Any], pos: npt.NDArray[Any], vectors: npt.NDArray[Any], path: str
-) -> None:
+def write_vectors(context_id: npt.NDArray[Any], pos: npt.NDArray[Any], vectors: npt.NDArray[Any], path: str) -> None:
     """Writes rows of the activations table, vectors float16 [m, d], as an uncompressed Arrow IPC file."""
     schema = activations(vectors.shape[1])
-    values = pa.FixedSizeListArray.from_arrays(
-        pa.array(vectors.reshape(-1)), type=schema.field("vector").type
-    )
+    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("vector").type)
     batch = pa.record_batch([pa.array(context_id), pa.array(pos), values], schema=schema)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
@@ -76,8 +70,6 @@ def map_vectors(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     try:
         batch = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(
-            f"{path}: damaged or unreadable Arrow file ({error}); restore it from a copy"
-        ) from None
+        raise LakeError(f"{path}: damaged or unreadable Arrow file ({error}); restore it from a copy") from None
     vectors = batch["vector"]
     return batch["context_id"].to_numpy(), np.asarray(vectors.values).reshape(len(vectors), -1)

@@ -31,9 +31,7 @@ def run(config: Run) -> None:
         rows = runs.each_run("harvest", Harvester, arguments, config.cluster.harvest_actors, plan, missing)
     _, missing = runs.outstanding(lake.snapshot(), "harvest", owner, corpus, run_tokens)
     if missing:
-        raise IncompleteError(
-            f"harvest: {len(missing)} of {plan.n_runs} runs are still missing; run sae harvest again"
-        )
+        raise IncompleteError(f"harvest: {len(missing)} of {plan.n_runs} runs are still missing; run sae harvest again")
     progress.say(f"harvest: {rows:,} activations of width {subject.d_model} at {subject.hook}")
 
 

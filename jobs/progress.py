@@ -35,9 +35,7 @@ class Bar:
     def line(self) -> str:
         left = (self.total - self.done) / self.rate if self.rate else 0.0
         share = f"{self.done:,}/{self.total:,} {self.unit}"
-        return (
-            f"{self.name}: {share}, {self.rate:,.0f} {self.unit}/s, {left:,.0f} s left {self.note}".rstrip()
-        )
+        return f"{self.name}: {share}, {self.rate:,.0f} {self.unit}/s, {left:,.0f} s left {self.note}".rstrip()
 
 
 class _TerminalBar(Bar):

@@ -40,9 +40,7 @@ def unit(step: str, owner: str, corpus: str, run: int) -> str:
     return f"{step}/{owner}/{corpus}/{run}"
 
 
-def outstanding(
-    snapshot: Snapshot, step: str, owner: str, corpus: str, run_tokens: int
-) -> tuple[Plan, list[int]]:
+def outstanding(snapshot: Snapshot, step: str, owner: str, corpus: str, run_tokens: int) -> tuple[Plan, list[int]]:
     """How a tokenized corpus is cut for a step and owner, and the runs that are not in the lake."""
     state = snapshot.properties[f"corpus/{corpus}"]
     plan = Plan(state["number"], state["n_contexts"], max(1, run_tokens // state["context_length"]))
@@ -87,9 +85,7 @@ def each_run(
     n_workers = min(n_workers, len(missing))
     rows = 0
     try:
-        done = ray.data.from_items(
-            [{"run": run} for run in missing], override_num_blocks=len(missing)
-        ).map_batches(
+        done = ray.data.from_items([{"run": run} for run in missing], override_num_blocks=len(missing)).map_batches(
             _Worker,
             fn_constructor_args=(worker, (*arguments, n_workers)),
             batch_size=1,

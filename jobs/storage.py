@@ -257,9 +257,7 @@ def _list_s3(prefix: str, depth: int | None) -> Iterator[FileInfo]:
     bucket = prefix.split("/")[2]
     store, folder = _s3(prefix[: prefix.rindex("/")] if prefix.count("/") > 2 else prefix)
     if depth == 1:
-        pages: Iterable[Iterable[obstore.ObjectMeta]] = [
-            obstore.list_with_delimiter(store, folder or None)["objects"]
-        ]
+        pages: Iterable[Iterable[obstore.ObjectMeta]] = [obstore.list_with_delimiter(store, folder or None)["objects"]]
     else:
         pages = obstore.list(store, folder or None)
     for page in pages:

@@ -65,9 +65,7 @@ def run(config: Run) -> None:
     with progress.bar("tokenize", total, "bytes", _bytes_before(reader, state["next"][0])) as bar:
         for shard, following in _shards(config, reader, tokenizer, state):
             state = _after(state, shard, following, reader, earlier)
-            with lake.transaction(
-                "tokenize", f"tokenize/{config.corpus.name}/{state['n_shards']}"
-            ) as transaction:
+            with lake.transaction("tokenize", f"tokenize/{config.corpus.name}/{state['n_shards']}") as transaction:
                 _write(transaction, config.corpus.name, shard, state, tokenizer)
             bar.advance(_bytes_before(reader, following[0]) - bar.done)
     write_views(lake)
@@ -130,9 +128,7 @@ def _shards(
             next_document = shard.first_document + len(shard.documents)
             shard = Shard(next_document, shard.first_context + len(shard.contexts))
     if not shard.contexts and shard.first_context == base:
-        raise CorpusError(
-            f"corpus.paths: {len(reader.files)} files hold no document with text; {reader.bad_rows}"
-        )
+        raise CorpusError(f"corpus.paths: {len(reader.files)} files hold no document with text; {reader.bad_rows}")
     yield shard, [len(reader.files), 0]
 
 
@@ -163,9 +159,7 @@ def _after(
     }
 
 
-def _write(
-    transaction: Transaction, name: str, shard: Shard, state: dict[str, Any], tokenizer: Tokenizer
-) -> None:
+def _write(transaction: Transaction, name: str, shard: Shard, state: dict[str, Any], tokenizer: Tokenizer) -> None:
     for table, rows in shard.tables():
         if rows.num_rows:
             transaction.write(table, rows, corpus=name, run=state["n_shards"], tokens=shard.n_tokens)
@@ -192,9 +186,8 @@ def _bytes_before(reader: CorpusReader, file_index: int) -> int:
 
 def _summary(state: dict[str, Any]) -> str:
     skipped = sum(state["bad_rows"].values())
-    return (
-        f"{state['n_documents']:,} documents, {state['n_contexts']:,} contexts, {state['n_tokens']:,} tokens"
-        + (f", {skipped:,} bad rows skipped" if skipped else "")
+    return f"{state['n_documents']:,} documents, {state['n_contexts']:,} contexts, {state['n_tokens']:,} tokens" + (
+        f", {skipped:,} bad rows skipped" if skipped else ""
     )
 
 

@@ -108,9 +108,7 @@ def _made_with(config: Run) -> dict[str, Any]:
         "autoencoder": config.autoencoder.model_dump(mode="json"),
         "training": config.training.model_dump(mode="json", exclude=_MAY_CHANGE),
     }
-    keys = {
-        f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
-    }
+    keys = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
     return {"seed": config.seed, "corpus.name": config.corpus.name, **keys}
 
 
@@ -157,9 +155,7 @@ class Trainer:
                 "held out; add text or set training.validation: 0"
             )
         training = config.training
-        self._stream = TokenStream(
-            source, rows, kept[rows], training.batch_tokens, training.buffer_tokens, config.seed
-        )
+        self._stream = TokenStream(source, rows, kept[rows], training.batch_tokens, training.buffer_tokens, config.seed)
         self._held_out = self._validation_vectors(source, np.flatnonzero(validation), kept)
         self._subject = subject
         self._autoencoder = new_autoencoder(config, subject.d_model).to(self._device)
@@ -194,8 +190,7 @@ class Trainer:
                 done = step == last_step or self._stopping
                 if (
                     done
-                    or step * batch // training.checkpoint_tokens
-                    > (step - 1) * batch // training.checkpoint_tokens
+                    or step * batch // training.checkpoint_tokens > (step - 1) * batch // training.checkpoint_tokens
                 ):
                     rows = _metric_rows("train", batch, logged) + self._validate(step)
                     self._commit(step, mse_scale, rows)
@@ -243,17 +238,13 @@ class Trainer:
         with self._lake.transaction("train") as transaction:
             known = transaction.base.properties.get(f"autoencoder/{name}", {"checkpoints": []})
             with self._averaged():
-                model = checkpoints.write_tensors(
-                    transaction, "checkpoints", name, self._autoencoder.tensors()
-                )
+                model = checkpoints.write_tensors(transaction, "checkpoints", name, self._autoencoder.tensors())
             state = checkpoints.write_tensors(transaction, "training_states", name, self._step.state_dict())
             transaction.write("metrics", _metrics_table(rows), autoencoder=name)
             checkpoint = {"step": step, "tokens": tokens, "model": model, "state": state}
             kept = [*known["checkpoints"], checkpoint][-config.training.keep_checkpoints :]
             dropped = [old for old in known["checkpoints"] if old not in kept]
-            transaction.remove(
-                transaction.base.files[old[kind]] for old in dropped for kind in ("model", "state")
-            )
+            transaction.remove(transaction.base.files[old[kind]] for old in dropped for kind in ("model", "state"))
             transaction.set(f"autoencoder/{name}", self._property(tokens, step, mse_scale, kept))
 
     def _property(self, tokens: int, step: int, mse_scale: float, kept: list[Any]) -> dict[str, Any]:
@@ -302,9 +293,7 @@ def _step_config(config: Run, mse_scale: float) -> StepConfig:
 
 def _metric_rows(phase: str, batch: int, logged: list[tuple[int, dict[str, Tensor]]]) -> list[Any]:
     return [
-        (phase, step, step * batch, name, float(value))
-        for step, metrics in logged
-        for name, value in metrics.items()
+        (phase, step, step * batch, name, float(value)) for step, metrics in logged for name, value in metrics.items()
     ]
 
 

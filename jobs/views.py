@@ -150,9 +150,7 @@ def _runs(moments: list[File]) -> list[dict[str, Any]]:
 
 
 def _autoencoders(properties: Mapping[str, Any]) -> list[dict[str, Any]]:
-    widths = {
-        row["autoencoder"]: row["bin_width"] for row in _properties(properties, "encode", "autoencoder")
-    }
+    widths = {row["autoencoder"]: row["bin_width"] for row in _properties(properties, "encode", "autoencoder")}
     return [
         {**row, "bin_width": widths.get(row["autoencoder"])}
         for row in _properties(properties, "autoencoder", "autoencoder")

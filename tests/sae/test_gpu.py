@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 def trainer(device: str, data: torch.Tensor) -> TrainStep:
     autoencoder = Autoencoder(256, data.shape[1], TopK(8), normalize=True).double()
     scale = initialise(autoencoder, data, torch.Generator().manual_seed(0))
-    config = StepConfig(mse_scale=scale, auxk=16, dead_after_tokens=300, clip=1.0, ema_decay=0.9)
+    config = StepConfig(mse_scale=scale, auxk=16, dead_after_tokens=100, clip=1.0, ema_decay=0.9)
     return TrainStep(autoencoder.to(device), config)
 
 
@@ -30,7 +30,7 @@ def test_training_equals_the_cpu() -> None:
         found = on_gpu.step(batch.cuda(), 1e-3)
         for name, value in expected.items():
             torch.testing.assert_close(found[name].cpu().double(), value.double(), rtol=1e-6, atol=1e-9)
-    assert on_cpu.dead.mask(300).any()
+    assert on_cpu.dead.mask(100).any()
     for name, value in on_cpu.state_dict().items():
         torch.testing.assert_close(on_gpu.state_dict()[name].cpu(), value, rtol=1e-7, atol=1e-9)
 
