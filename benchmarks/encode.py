@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +88,8 @@ def measure(config: Run, args: argparse.Namespace) -> dict[str, float]:
     ours: list[float] = []
     theirs: list[float] = []
     for run in missing[: args.runs + 1]:
-        theirs.append(seconds(lambda run=run: bare(run)))
-        ours.append(seconds(lambda run=run: encoder({"run": [run]})))
+        theirs.append(seconds(partial(bare, run)))
+        ours.append(seconds(partial(encoder, {"run": [run]})))
     tokens = args.run_tokens
     # The first run warms both up.
     fast, base = tokens / statistics.median(ours[1:]), tokens / statistics.median(theirs[1:])

@@ -116,7 +116,7 @@ class Encoder:
                 if "run" in schema.names:
                     columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
                 data = pa.table(columns).select(schema.names).cast(schema)
-                named = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
+                named: dict[str, Any] = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
                 transaction.write(table, data, contexts=self._plan.bounds(run), **named)
             transaction.set(f"encode/{name}", encoding)
 
