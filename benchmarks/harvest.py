@@ -59,12 +59,8 @@ Forward = Callable[[Tensor], object]
 
 def subjects(layer: int, dtype: str, device: str) -> tuple[Forward, Forward]:
     """The harvest, and a bare model of the blocks before `layer` with no final norm and no logits."""
-    subject = Subject.load(
-        "smollm2", f"blocks.{layer}.hook_resid_pre", layers=layer + 1, dtype=dtype, device=device
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        smollm2_folder(), num_hidden_layers=layer, dtype=DTYPES[dtype]
-    )
+    subject = Subject.load("smollm2", f"blocks.{layer}.hook_resid_pre", layers=layer + 1, dtype=dtype, device=device)
+    model: Any = AutoModelForCausalLM.from_pretrained(smollm2_folder(), num_hidden_layers=layer, dtype=DTYPES[dtype])
     model.to(device)
     model.model.norm = torch.nn.Identity()
 
