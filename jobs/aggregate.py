@@ -52,6 +52,6 @@ def merge(lake: Lake, snapshot: Snapshot, name: str, merged_from: list[str]) -> 
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("aggregate")
+    program("aggregate")

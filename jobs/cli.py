@@ -3,10 +3,11 @@
 import argparse
 import functools
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from sae.jobs import storage
 from sae.jobs.progress import say
@@ -20,7 +21,7 @@ _INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of the `sae` command."""
+    """Does what the arguments say, and exits with the status."""
     parser = _parser()
     given, rest = parser.parse_known_args(arguments)
     if not hasattr(given, "command"):
@@ -31,14 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_guarded(lambda: given.command(given)))
 
 
-def step_main(step: str) -> None:
-    """Entry point of `python -m sae.jobs.STEP run.yaml`."""
-    main([step, *sys.argv[1:]])
+def program(*arguments: str) -> NoReturn:
+    """Entry point of the `sae` program, and with a step's name of `python -m sae.jobs.STEP run.yaml`.
 
-
-def demo_main() -> None:
-    """Entry point of `make demo`."""
-    main(["demo"])
+    It ends without the interpreter's teardown, in which DuckDB's bindings list what others still refer to.
+    """
+    status: object = 0
+    try:
+        main([*arguments, *sys.argv[1:]])
+    except SystemExit as end:
+        status = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def run_step(step: str, config: Run) -> None:
@@ -62,7 +68,8 @@ def _guarded(command: Callable[[], Any]) -> int:
         say("interrupted; nothing that was committed is lost, run the same command to go on")
         return _INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
+        # Whoever read the answer has seen enough; what is still buffered goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
 
@@ -168,4 +175,4 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    program()

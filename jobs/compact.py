@@ -64,6 +64,6 @@ def _sorted(connection: duckdb.DuckDBPyConnection, name: str, low: int, high: in
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("compact")
+    program("compact")

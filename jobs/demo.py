@@ -132,6 +132,6 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import demo_main
+    from sae.jobs.cli import program
 
-    demo_main()
+    program("demo")

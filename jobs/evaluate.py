@@ -122,6 +122,6 @@ def _losses(
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("evaluate")
+    program("evaluate")

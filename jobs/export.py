@@ -221,6 +221,6 @@ def _sequence(example: dict[str, Any], vocabulary: dict[str, list[str]]) -> Sequ
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("export")
+    program("export")

@@ -84,6 +84,6 @@ class Harvester:
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("harvest")
+    program("harvest")

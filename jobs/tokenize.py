@@ -192,6 +192,6 @@ def _summary(state: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("tokenize")
+    program("tokenize")

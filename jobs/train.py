@@ -302,6 +302,6 @@ def _metrics_table(rows: list[Any]) -> pa.Table:
 
 
 if __name__ == "__main__":
-    from sae.jobs.cli import step_main
+    from sae.jobs.cli import program
 
-    step_main("train")
+    program("train")
