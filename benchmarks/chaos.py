@@ -1,7 +1,8 @@
 """SIGKILL at random moments: the tables must end up equal, row by row, to those of a run that nothing disturbed.
 
-Each round runs `sae run` on a new lake, kills the driver, an encode actor or the train actor at a random moment of its
-life, and runs the command again. All the while a reader opens the lake's newest version and reads every table.
+Each round runs a step on a copy of the lake as the step before left it, kills the driver, an encode actor or the train
+actor at a random moment of its life, and runs the command again until it succeeds. All the while a reader opens the
+lake's newest version and reads every table.
 """
 
 import argparse
@@ -23,11 +24,20 @@ import psutil
 import yaml
 
 from sae.jobs.lake import Lake, connect
-from sae.schemas.errors import LakeError
 from tests.tiny_run import NAME, ORDER, make_lab, rows
 
 # What runs in a Ray process is in its title. The driver is the command itself.
-VICTIMS = {"driver": "", "encode actor": "ray::MapWorker", "train actor": "ray::Trainer"}
+TITLES = {"encode actor": "ray::MapWorker", "train actor": "ray::Trainer"}
+ROUNDS = (
+    ("train", "train actor"),
+    ("encode", "encode actor"),
+    ("train", "driver"),
+    ("encode", "driver"),
+    ("tokenize", "driver"),
+    ("compact", "driver"),
+    ("aggregate", "driver"),
+)
+STEPS = ("tokenize", "train", "encode", "compact", "aggregate")
 MAX_COMMANDS = 4
 
 
@@ -39,19 +49,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         config = prepare(Path(folder))
-        undisturbed = Path(folder) / "undisturbed"
-        spans = observe(config, undisturbed)
-        print("undisturbed:", "  ".join(f"{name} {span:.1f} s" for name, span in spans.items()), flush=True)
+        spans = run_undisturbed(config, Path(folder))
         draw = random.Random(args.seed)
-        victims = [list(VICTIMS)[i % len(VICTIMS)] for i in range(args.rounds)]
-        print(
-            f"{'killed':>12} {'after':>7} {'at version':>10} {'commands':>8} {'finished in':>11}  equal  reader",
-            flush=True,
-        )
-        results = [
-            one_round(config, undisturbed, Path(folder) / "disturbed", victim, draw.uniform(0, spans[victim]))
-            for victim in victims
-        ]
+        print("     step        killed   after at version commands finished in  equal  reader", flush=True)
+        results = []
+        for number in range(args.rounds):
+            step, victim = ROUNDS[number % len(ROUNDS)]
+            after = draw.uniform(0, spans[step, victim])
+            results.append(one_round(config, Path(folder), step, victim, after))
     failed = [result for result in results if not (result["equal"] and result["reader_errors"] == 0)]
     print(f"{len(results) - len(failed)} of {len(results)} rounds ended equal, with no error for the reader")
     if args.json:
@@ -70,15 +75,14 @@ def prepare(folder: Path) -> Path:
 
 @dataclass
 class Command:
-    """`sae run` in a process of its own, and what it has started."""
+    """A step in a process of its own, and what it has started."""
 
     process: subprocess.Popen[str]
     started: dict[int, psutil.Process] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, config: Path, lake: Path) -> "Command":
-        places = [f"--lake={lake}", f"--export.folder={lake.parent / (lake.name + '-viewer')}"]
-        command = [sys.executable, "-m", "sae.jobs.cli", "run", str(config), *places]
+    def start(cls, step: str, config: Path, lake: Path) -> "Command":
+        command = [sys.executable, "-m", "sae.jobs.cli", step, str(config), f"--lake={lake}"]
         return cls(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
 
     def find(self, victim: str) -> psutil.Process | None:
@@ -86,7 +90,7 @@ class Command:
         self.look()
         if victim == "driver":
             return self.started.get(self.process.pid)
-        return next((p for p in self.started.values() if _title(p).startswith(VICTIMS[victim])), None)
+        return next((p for p in self.started.values() if _title(p).startswith(TITLES[victim])), None)
 
     def look(self) -> None:
         """Notes the processes that the command has started so far."""
@@ -116,55 +120,72 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def observe(config: Path, lake: Path) -> dict[str, float]:
-    """Runs undisturbed; for how long, in seconds, each victim lives."""
-    command = Command.start(config, lake)
-    seen: dict[str, list[float]] = {victim: [] for victim in VICTIMS}
-    while command.process.poll() is None:
-        for victim in VICTIMS:
-            if command.find(victim) is not None:
-                seen[victim].append(time.monotonic())
-        time.sleep(0.02)
-    code, stderr = command.finish()
-    if code:
-        sys.exit(f"the undisturbed run failed:\n{stderr}")
-    return {victim: times[-1] - times[0] for victim, times in seen.items()}
+def run_undisturbed(config: Path, folder: Path) -> dict[tuple[str, str], float]:
+    """Runs all steps, keeps the lake after each; for how long, in seconds, each step's victims live."""
+    spans: dict[tuple[str, str], float] = {}
+    for step in STEPS:
+        lake = before(folder, step)
+        if lake.exists():
+            shutil.copytree(lake, folder / step)
+        command = Command.start(step, config, folder / step)
+        victims = [victim for name, victim in ROUNDS if name == step]
+        seen: dict[str, list[float]] = {victim: [] for victim in victims}
+        while command.process.poll() is None:
+            for victim in victims:
+                if command.find(victim) is not None:
+                    seen[victim].append(time.monotonic())
+            time.sleep(0.02)
+        code, stderr = command.finish()
+        if code:
+            sys.exit(f"the undisturbed {step} failed:\n{stderr}")
+        spans.update({(step, victim): times[-1] - times[0] for victim, times in seen.items()})
+    print("undisturbed:", "  ".join(f"{step}: {who} {span:.1f} s" for (step, who), span in spans.items()), flush=True)
+    return spans
 
 
-def one_round(config: Path, undisturbed: Path, lake: Path, victim: str, after: float) -> dict[str, Any]:
+def before(folder: Path, step: str) -> Path:
+    """The lake that an undisturbed step began with; there is none for the first."""
+    return folder / ("nothing", *STEPS)[STEPS.index(step)]
+
+
+def one_round(config: Path, folder: Path, step: str, victim: str, after: float) -> dict[str, Any]:
     """Kills the victim that many seconds after it appeared, runs to the end, compares."""
+    lake = folder / "disturbed"
     shutil.rmtree(lake, ignore_errors=True)
-    shutil.rmtree(lake.with_name(lake.name + "-viewer"), ignore_errors=True)
+    if before(folder, step).exists():
+        shutil.copytree(before(folder, step), lake)
     began = time.monotonic()
     with reading(lake) as errors:
-        command = Command.start(config, lake)
+        command = Command.start(step, config, lake)
         killed = kill(command, victim, after)
-        version = Lake(str(lake)).snapshot().version if (lake / "_log").exists() else -1
+        version = Lake(str(lake), create=True).snapshot().version
         code, stderr = command.finish()
         n_commands = 1
         while code and n_commands < MAX_COMMANDS:
-            code, stderr = Command.start(config, lake).finish()
+            code, stderr = Command.start(step, config, lake).finish()
             n_commands += 1
         if code:
             print(stderr, file=sys.stderr)
-    different = ["run failed"] if code else differences(undisturbed, lake)
-    result = {
-        "killed": victim if killed else f"{victim} (had ended)",
+    seconds = time.monotonic() - began
+    different = ["run failed"] if code else differences(folder / step, lake)
+    equal = "yes" if not different else f"NO: {', '.join(different)}"
+    print(
+        f"{step:>9}  {victim:>12} {after:>5.1f} s {version:>10} {n_commands:>8} {seconds:>9.1f} s  {equal:>5}  "
+        f"{errors[0] if errors else 'no error'}{'' if killed else '  (had ended before)'}",
+        flush=True,
+    )
+    return {
+        "step": step,
+        "victim": victim,
+        "killed": killed,
         "after_s": round(after, 2),
         "version": version,
         "commands": n_commands,
-        "seconds": round(time.monotonic() - began, 1),
+        "seconds": round(seconds, 1),
         "equal": not different,
         "different": different,
         "reader_errors": len(errors),
     }
-    reader = "no error" if not errors else errors[0]
-    print(
-        f"{result['killed']:>12} {after:>5.2f} s {version:>10} {n_commands:>8} {result['seconds']:>9} s  "
-        f"{'yes' if not different else 'NO: ' + ', '.join(different)}    {reader}",
-        flush=True,
-    )
-    return result
 
 
 def kill(command: Command, victim: str, after: float) -> bool:
@@ -191,7 +212,7 @@ def reading(lake: Path) -> Iterator[list[str]]:
     stop = threading.Event()
 
     def read() -> None:
-        while not stop.wait(0.2):
+        while not stop.wait(0.5):
             if not (lake / "_log" / f"{0:020}.json").exists():
                 continue
             try:
@@ -214,16 +235,14 @@ def differences(one: Path, other: Path) -> list[str]:
     """Tables that differ in any row or column, and the weights and training state if they differ in a bit."""
     tables = [table for table in ORDER if rows(one, table) != rows(other, table)]
     digests = [last_checkpoint(lake) for lake in (one, other)]
-    return tables + [kind for kind in digests[0] if digests[0][kind] != digests[1][kind]]
+    return tables + [kind for kind, digest in digests[0].items() if digest != digests[1].get(kind)]
 
 
 def last_checkpoint(lake: Path) -> dict[str, str]:
     snapshot = Lake(str(lake)).snapshot()
-    try:
-        last = snapshot.properties[f"autoencoder/{NAME}"]["checkpoints"][-1]
-    except KeyError:
-        raise LakeError(f"{lake}: no autoencoder was trained") from None
-    return {kind: snapshot.files[last[kind]].sha256 for kind in ("model", "state")}
+    trained = snapshot.properties.get(f"autoencoder/{NAME}")
+    last = trained["checkpoints"][-1] if trained else {}
+    return {kind: snapshot.files[last[kind]].sha256 for kind in ("model", "state") if kind in last}
 
 
 if __name__ == "__main__":
