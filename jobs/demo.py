@@ -1,6 +1,7 @@
 """`make demo`: presidential addresses and SmolLM2 to a trained autoencoder, tables, answers and viewer JSON."""
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +38,7 @@ training:
   checkpoint_tokens: 200_000
   validation: 0.05
 encode: {{run_tokens: 65536}}
-evaluate: {{tokens: 4096}}
+evaluate: {{tokens: 2048}}
 export: {{folder: {folder}/viewer}}
 """
 _QUERIES: Final = {
@@ -47,15 +48,18 @@ from (select case when density >= 0.01 then '< 100 tokens' when density >= 0.001
       when density > 0 then 'more' else 'never' end as bucket from atoms)
 group by bucket order by atoms desc""",
     "What is atom {atom}? Where it fires most strongly": """\
-select round(act, 1) as act, external_id, substr(replace(text, chr(10), ' '), greatest(1, strpos(text, '[[') - 45), 100)
+select round(act, 1) as act, external_id, substr(replace(text, chr(10), ' '), greatest(1, strpos(text, '[[') - 40), 70)
   as text
 from atom_examples('demo', {atom}, 'top') limit 5""",
-    "Which atoms mark the address of {document} more than the others?": """\
+    "Which atoms mark the address {document} more than the others?": """\
 with here as (select atom, n_active from document_atoms('demo', {doc_id})),
-  size as (select n_tokens from documents where doc_id = {doc_id})
-select atom, here.n_active, round(here.n_active / size.n_tokens / density, 1) as times_its_density,
-  (select string_agg(trim(token), ', ') from (from atom_top_tokens('demo', atom) limit 3)) as peaks_on
-from here join atoms using (atom), size where here.n_active >= 20
+  size as (select n_tokens from documents where doc_id = {doc_id}),
+  peaks as (select atom, mode(trim(token)) as peaks_on
+    from examples join contexts using (context_id) join vocabulary as v
+      on v.corpus = contexts.corpus and v.token_id = token_ids[pos + 1]
+    where kind = 'top' group by atom)
+select atom, peaks_on, here.n_active, round(here.n_active / size.n_tokens / density, 1) as times_its_density
+from here join atoms using (atom) join peaks using (atom), size where here.n_active >= 20
 order by times_its_density desc limit 5""",
 }
 
@@ -81,7 +85,7 @@ def _write_config() -> Run:
 
 
 def _show(config: Run) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     connection = connect(config.lake)
     name = config.autoencoder.name
     atoms = connection.execute(views.query("interesting_atoms"), {"autoencoder": name, "n": 20}).fetchall()
@@ -103,7 +107,7 @@ def _show(config: Run) -> None:
         text = query.format(**given)
         console.print(f"\n[bold]{question.format(**given)}[/bold]")
         console.print(text, style="dim", markup=False, highlight=False)
-        console.print(str(connection.sql(text)), markup=False, highlight=False)
+        print(connection.sql(text))
     console.print(f"Next: sae sql {config.lake} \"from atom_histogram('demo', {given['atom']})\"", markup=False)
 
 

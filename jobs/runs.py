@@ -27,10 +27,14 @@ class Plan:
     def n_runs(self) -> int:
         return -(-self.n_contexts // self.contexts_per_run)
 
+    def size(self, run: int) -> int:
+        """Contexts of a run."""
+        return min(self.contexts_per_run, self.n_contexts - run * self.contexts_per_run)
+
     def bounds(self, run: int) -> tuple[int, int]:
         """First and last context_id of a run, both included."""
         first = run * self.contexts_per_run
-        last = min(first + self.contexts_per_run, self.n_contexts) - 1
+        last = first + self.size(run) - 1
         base = self.corpus_number << CORPUS_SHIFT
         return base + first, base + last
 
@@ -92,12 +96,13 @@ def each_run(
             compute=ray.data.ActorPoolStrategy(size=n_workers),
             **cluster.worker_options(n_workers),
         )
-        with progress.bar(step, plan.n_runs, "runs", plan.n_runs - len(missing)) as bar:
+        before = plan.n_contexts - sum(map(plan.size, missing))
+        with progress.bar(step, plan.n_contexts, "contexts", before) as bar:
             for row in done.iter_rows():
                 if row["error"]:
                     raise cast(SaeError, getattr(errors, row["error"])(row["message"]))
                 rows += row["rows"]
-                bar.advance(1)
+                bar.advance(plan.size(row["run"]))
     except RayError as error:
         raise cluster.cause(error) from None
     return rows
