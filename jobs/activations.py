@@ -43,16 +43,18 @@ class Cached:
         self._contexts = contexts
         self._kept = contexts.kept_tokens(subject.masked_positions)
         files = lake.snapshot().select("activations", corpus=corpus, subject=subject.fingerprint[:12])
-        self._files = [formats.map_vectors(path) for path in lake.verified(files)]
+        mapped = (formats.map_vectors(path) for path in lake.verified(files))
+        self._files = [(ids, vectors) for ids, vectors in mapped if len(ids)]
         if sum(len(context_id) for context_id, _ in self._files) != self._kept.sum():
             raise IncompleteError(
                 f"{lake.path}: the activations of corpus {corpus} at {subject.hook} are not fully cached; "
                 "run sae harvest first, or set training.source: live"
             )
-        self._first = np.concatenate([context_id[:1] for context_id, _ in self._files])
+        self._nothing = np.zeros((0, subject.d_model), np.float16)
+        self._first = np.array([context_id[0] for context_id, _ in self._files])
 
     def vectors(self, rows: Array) -> Tensor:
-        parts = []
+        parts = [self._nothing]
         for row in rows:
             context_id = self._contexts.context_id[row]
             ids, vectors = self._files[np.searchsorted(self._first, context_id, side="right") - 1]

@@ -19,11 +19,12 @@ def run(config: Run) -> None:
     if made is None:
         raise IncompleteError(f"aggregate: nothing is encoded with {name} in {config.lake}; run sae encode first")
     contexts.state_of(snapshot, corpus)
-    plan, missing = runs.outstanding(snapshot, "encode", name, corpus, made["run_tokens"])
-    if missing:
-        raise IncompleteError(
-            f"aggregate: {len(missing)} of {plan.n_runs} runs of {corpus} are not encoded; run sae encode first"
-        )
+    for each in {corpus, *(file.corpus or "" for file in snapshot.select("moments", autoencoder=name))}:
+        plan, missing = runs.outstanding(snapshot, "encode", name, each, made["run_tokens"])
+        if missing:
+            raise IncompleteError(
+                f"aggregate: {len(missing)} of {plan.n_runs} runs of {each} are not encoded; run sae encode first"
+            )
     merged_from = sorted(file.sha256 for file in snapshot.select("moments", autoencoder=name))
     if snapshot.properties.get(f"aggregate/{name}") == merged_from:
         progress.say(f"aggregate: atoms of {name} are up to date")

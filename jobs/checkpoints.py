@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.model import Autoencoder
-from sae.schemas.errors import AutoencoderError, IncompleteError
+from sae.schemas.config import Run
+from sae.schemas.errors import AutoencoderError, ConfigError, IncompleteError
 
 if TYPE_CHECKING:  # importing it loads transformer_lens, which takes seconds
     from sae.subject import Subject
@@ -30,6 +31,37 @@ def state_of(snapshot: Snapshot, name: str) -> dict[str, Any]:
             f"autoencoder {name}: trained on {state['tokens']:,} tokens so far; finish sae train first"
         )
     return state
+
+
+# What may differ between the command that began a training and one that continues it.
+_MAY_CHANGE: Final = {"tokens", "checkpoint_tokens", "keep_checkpoints", "log_to", "validation_tokens"}
+
+
+def made_with(config: Run) -> dict[str, Any]:
+    """Everything that decides an autoencoder's weights, by key of the config, as plain JSON."""
+    sections = {
+        "subject": config.subject.model_dump(mode="json"),
+        "autoencoder": config.autoencoder.model_dump(mode="json"),
+        "training": config.training.model_dump(mode="json", exclude=_MAY_CHANGE),
+    }
+    keys = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
+    return {"seed": config.seed, "corpus.name": config.corpus.name, **keys}
+
+
+def check_made_with(state: dict[str, Any], config: Run, concerns: Callable[[str], bool]) -> None:
+    """Raises ConfigError where a key that concerns the caller is not what the autoencoder was trained with."""
+    for key, value in made_with(config).items():
+        trained = state["made_with"].get(key)
+        if concerns(key) and trained != value:
+            raise ConfigError(
+                f"{key}: autoencoder {config.autoencoder.name} of {config.lake} is trained with {trained}, now it is "
+                f"{value}; give {trained}, or train another under another autoencoder.name"
+            )
+
+
+def is_of_subject(key: str) -> bool:
+    """Whether a key of the config decides what activations are; how many layers are loaded behind them does not."""
+    return key.startswith("subject.") and key != "subject.layers"
 
 
 def load(lake: Lake, name: str) -> Autoencoder:

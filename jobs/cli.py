@@ -49,7 +49,7 @@ def program(*arguments: str) -> NoReturn:
 
 def run_step(step: str, config: Run) -> None:
     """Runs one step in this process."""
-    importlib.import_module("sae.jobs.cluster").check_lake_of_job(config.lake)
+    importlib.import_module("sae.jobs.cluster").check_folders_of_job(config, step)
     importlib.import_module(f"sae.jobs.{step}").run(config)
     # Also when there was nothing to do: the command before may have been killed just before it did this.
     lake = importlib.import_module("sae.jobs.lake")
@@ -64,6 +64,10 @@ def _guarded(command: Callable[[], Any]) -> int:
     except SaeError as error:
         say(f"error: {error}")
         return 1
+    except _foreign_errors() as error:
+        reason = " ".join(str(error).split())[-400:]
+        say(f"error: {type(error).__name__}: {reason}; if the lake's files are damaged, sae status --verify names them")
+        return 1
     except KeyboardInterrupt:
         say("interrupted; nothing that was committed is lost, run the same command to go on")
         return _INTERRUPTED
@@ -72,6 +76,12 @@ def _guarded(command: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _foreign_errors() -> tuple[type[BaseException], ...]:
+    """What DuckDB, Ray and Arrow raise on damaged files and lost machines, of those that are loaded."""
+    names = {"duckdb": "Error", "ray.exceptions": "RayError", "pyarrow": "ArrowException"}
+    return tuple(getattr(sys.modules[module], name) for module, name in names.items() if module in sys.modules)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,12 +117,11 @@ def _add(
     command: Callable[[argparse.Namespace], Any],
     *positionals: str,
 ) -> argparse.ArgumentParser:
-    overrides = "\n\nAny key of the config can be given as --section.key value."
-    overrides = overrides if "config" in positionals else ""
+    overrides = f"\n\nAny key of the config can be given as --KEY VALUE:\n{_keys()}" if "config" in positionals else ""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
-        description=summary + overrides,
+        description=summary + overrides.replace("%", "%%"),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -121,6 +130,17 @@ def _add(
         parser.add_argument(positional, metavar=_METAVARS[positional], choices=choices)
     parser.set_defaults(command=command)
     return parser
+
+
+def _keys() -> str:
+    """The config's keys, each with its default."""
+    lines = []
+    for section, field in Run.model_fields.items():
+        inner: Any = getattr(field.annotation, "model_fields", None)
+        for key, leaf in (inner or {"": field}).items():
+            default = "required" if leaf.is_required() else repr(leaf.default)
+            lines.append(f"  {section}{'.' if key else ''}{key} ({default})")
+    return "\n".join(lines)
 
 
 def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:

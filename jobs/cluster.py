@@ -35,19 +35,23 @@ def connected(config: Run) -> Iterator[None]:
         ray.shutdown()
 
 
-def check_lake_of_job(lake: str) -> None:
-    """In a submitted job, raises ConfigError for a lake that would vanish with it."""
+def check_folders_of_job(config: Run, step: str) -> None:
+    """In a submitted job, raises ConfigError for folders that would vanish with it; elsewhere any folder will do."""
     if _IN_JOB in os.environ:
-        require_shared(lake)
+        require_shared(config, step)
 
 
-def require_shared(lake: str) -> None:
-    """Raises ConfigError for a lake inside of a job's working directory."""
-    if storage.is_local(lake) and not os.path.isabs(lake):
-        raise ConfigError(
-            f"lake: {lake} is a relative path, which in a submitted job lies in the job's temporary copy of "
-            "the working directory; give an absolute path that all nodes share"
-        )
+def require_shared(config: Run, step: str) -> None:
+    """Raises ConfigError where the step writes inside of a job's working directory."""
+    folders = {"lake": config.lake}
+    if step in ("export", "run"):
+        folders["export.folder"] = config.export.folder
+    for key, folder in folders.items():
+        if storage.is_local(folder) and not os.path.isabs(folder):
+            raise ConfigError(
+                f"{key}: {folder} is a relative path, which in a submitted job lies in the job's temporary copy of "
+                "the working directory; give an absolute path that all nodes share"
+            )
 
 
 def _start(address: str) -> None:
@@ -98,11 +102,14 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def worker_options(n_workers: int) -> dict[str, Any]:
+def worker_options(config: Run, n_workers: int) -> dict[str, Any]:
     """Ray options for one of n_workers equal workers of a step: a GPU each, or a share where there are fewer.
 
-    Workers beyond the number of GPUs or processors share them rather than wait for ever.
+    Workers beyond the number of GPUs or processors share them rather than wait for ever. Where GPUs come only once they
+    are asked for, cluster.gpus_per_worker asks.
     """
+    if config.cluster.gpus_per_worker is not None:
+        return {"num_gpus": config.cluster.gpus_per_worker, "num_cpus": 1}
     gpus = ray.cluster_resources().get("GPU", 0)
     if gpus >= 1:
         return {"num_gpus": 1 if gpus >= n_workers else gpus / n_workers, "num_cpus": 1}

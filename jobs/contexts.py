@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.jobs.lake import Lake, Snapshot
-from sae.schemas.errors import IncompleteError
+from sae.schemas.errors import ConfigError, IncompleteError
 
 Array = npt.NDArray[Any]
 
@@ -75,9 +75,18 @@ def load(lake: Lake, corpus: str, bounds: tuple[int, int] | None = None) -> Cont
     )
 
 
-def state_of(snapshot: Snapshot, corpus: str) -> dict[str, Any]:
-    """The property of a fully tokenized corpus; raises IncompleteError where there is none."""
+def state_of(snapshot: Snapshot, corpus: str, model: str | None = None) -> dict[str, Any]:
+    """The property of a fully tokenized corpus; raises IncompleteError where there is none.
+
+    With a subject's name it also raises ConfigError where the corpus holds another model's tokens.
+    """
     state: dict[str, Any] | None = snapshot.properties.get(f"corpus/{corpus}")
     if not state or not state["complete"]:
         raise IncompleteError(f"corpus {corpus} is not fully tokenized; run sae tokenize first")
+    tokenized_for = state["made_with"]["subject.model"]
+    if model not in (None, tokenized_for):
+        raise ConfigError(
+            f"subject.model: corpus {corpus} is tokenized for {tokenized_for}, now it is {model}; give "
+            f"{tokenized_for}, or tokenize the text anew under another corpus.name"
+        )
     return state

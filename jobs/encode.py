@@ -11,7 +11,7 @@ from sae.jobs import checkpoints, cluster, contexts, progress, runs
 from sae.jobs.activations import kept_activations
 from sae.jobs.lake import Lake, write_views
 from sae.schemas.config import Run
-from sae.schemas.errors import ConfigError, ConflictError, IncompleteError
+from sae.schemas.errors import ConfigError, ConflictError, IncompleteError, LakeError
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
 from sae.subject import Subject
@@ -21,7 +21,7 @@ def run(config: Run) -> None:
     """Encodes the runs that are not yet in the lake."""
     lake = Lake(config.lake)
     name, corpus = config.autoencoder.name, config.corpus.name
-    contexts.state_of(lake.snapshot(), corpus)
+    contexts.state_of(lake.snapshot(), corpus, config.subject.model)
     encoding = _encoding(lake, config)
     plan, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
     if not missing:
@@ -29,7 +29,7 @@ def run(config: Run) -> None:
         return
     with cluster.connected(config):
         n_actors = config.cluster.encode_actors
-        rows = runs.each_run("encode", Encoder, (config, encoding, plan), n_actors, plan, missing)
+        rows = runs.each_run(config, "encode", Encoder, (encoding, plan), n_actors, plan, missing)
     _, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
     write_views(lake)
     if missing:
@@ -41,7 +41,7 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
     """With what the autoencoder's latents are made; raises ConfigError where those in the lake were made otherwise."""
     snapshot = lake.snapshot()
     name = config.autoencoder.name
-    _check_subject(config, checkpoints.state_of(snapshot, name)["made_with"])
+    checkpoints.check_made_with(checkpoints.state_of(snapshot, name), config, checkpoints.is_of_subject)
     encoding = {
         "checkpoint": checkpoints.identity(snapshot, name),
         "seed": config.seed,
@@ -57,17 +57,6 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
     return encoding
 
 
-def _check_subject(config: Run, made_with: dict[str, Any]) -> None:
-    """Raises ConfigError where the subject is another one than the autoencoder was trained on; layers may differ."""
-    for key, value in config.subject.model_dump(mode="json", exclude={"layers"}).items():
-        trained = made_with[f"subject.{key}"]
-        if trained != value:
-            raise ConfigError(
-                f"subject.{key}: autoencoder {config.autoencoder.name} was trained with {trained}, now it is {value}; "
-                f"give {trained}, or train another autoencoder"
-            )
-
-
 class Encoder:
     """A Ray Data actor: holds subject and autoencoder, turns run numbers into committed runs."""
 
@@ -76,6 +65,8 @@ class Encoder:
         self._config, self._encoding, self._plan = config, encoding, plan
         self._lake = Lake(config.lake)
         self._subject = Subject.load(**config.subject.model_dump(), device=device)
+        if checkpoints.identity(self._lake.snapshot(), config.autoencoder.name) != encoding["checkpoint"]:
+            raise LakeError(f"autoencoder {config.autoencoder.name} was trained on meanwhile; run sae encode again")
         self._autoencoder = checkpoints.load(self._lake, config.autoencoder.name).to(device)
         checkpoints.check_fit(self._autoencoder, self._subject, config.autoencoder.name)
 
@@ -118,6 +109,8 @@ class Encoder:
                 data = pa.table(columns).select(schema.names).cast(schema)
                 named: dict[str, Any] = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
                 transaction.write(table, data, contexts=self._plan.bounds(run), **named)
+            if transaction.base.properties.get(f"encode/{name}", encoding) != encoding:
+                raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
             transaction.set(f"encode/{name}", encoding)
 
 

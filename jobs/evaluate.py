@@ -30,29 +30,38 @@ def run(config: Run) -> None:
     snapshot = lake.snapshot()
     name, corpus = config.autoencoder.name, config.corpus.name
     state = checkpoints.state_of(snapshot, name)
-    contexts.state_of(snapshot, corpus)
+    contexts.state_of(snapshot, corpus, config.subject.model)
+    checkpoints.check_made_with(state, config, _decides_figures)
     if config.training.validation == 0:
         raise ConfigError(
             "training.validation: got 0; evaluate needs held-out text, give the fraction used in training"
         )
-    unit = f"evaluate/{name}/{checkpoints.identity(snapshot, name)}/{corpus}/{config.evaluate.tokens}"
-    if unit in snapshot.units:
+    key = f"evaluate/{name}/{corpus}"
+    settings = {"checkpoint": checkpoints.identity(snapshot, name), "tokens": config.evaluate.tokens}
+    if snapshot.properties.get(key) == settings:
         progress.say(f"evaluate: {name} is evaluated on {corpus}")
         return
     with cluster.connected(config):
-        task = ray.remote(_evaluate).options(**cluster.worker_options(1))
+        task = ray.remote(_evaluate).options(**cluster.worker_options(config, 1))
         try:
             metrics: dict[str, float] = ray.get(task.remote(config))
         except RayError as error:
             raise cluster.cause(error) from None
     rows = [("evaluate", state["step"], state["tokens"], metric, value) for metric, value in sorted(metrics.items())]
     columns = [pa.array(column) for column in zip(*rows, strict=True)]
-    with lake.transaction("evaluate", unit) as transaction:
+    with lake.transaction("evaluate") as transaction:
         transaction.remove(snapshot.select("metrics", corpus=corpus, autoencoder=name))
         transaction.write("metrics", pa.table(columns, schema=METRICS), autoencoder=name, corpus=corpus)
+        transaction.set(key, settings)
     write_views(lake)
     for metric, value in metrics.items():
         progress.say(f"evaluate: {metric:<22} {value:.4f}")
+
+
+def _decides_figures(key: str) -> bool:
+    """Whether a key of the config decides what was held out and what the figures speak of."""
+    fixed = ("seed", "corpus.name", "training.validation", "training.dead_tokens", "autoencoder.k")
+    return checkpoints.is_of_subject(key) or key in fixed
 
 
 def _evaluate(config: Run) -> dict[str, float]:
@@ -65,8 +74,9 @@ def _evaluate(config: Run) -> dict[str, float]:
     checkpoints.check_fit(autoencoder, subject, config.autoencoder.name)
     validation = held_out(corpus.doc_id, config.training.validation, config.seed)
     kept = corpus.kept_tokens(config.subject.masked_positions)
-    test = _first(np.flatnonzero(validation), kept, config.evaluate.tokens)
-    train = _first(np.random.default_rng(config.seed).permutation(np.flatnonzero(~validation)), kept, _SAMPLE_TOKENS)
+    shuffle = np.random.default_rng(config.seed).permutation
+    test = _first(shuffle(np.flatnonzero(validation)), kept, config.evaluate.tokens)
+    train = _first(shuffle(np.flatnonzero(~validation)), kept, _SAMPLE_TOKENS)
     if not len(train) or not len(test):
         raise CorpusError(f"corpus {config.corpus.name}: too few documents to hold any out; add text")
     live = Live(subject, corpus, config.evaluate.batch_contexts)

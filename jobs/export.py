@@ -21,6 +21,7 @@ from sae.schemas.viewer import SIGN_CONVENTION, AtomFile, Manifest, Sequence
 
 # Atoms gathered by one query: bounds the memory, and still lets each row group of latents be read about once.
 _ATOMS_PER_QUERY: Final = 256
+_VIEWER_BIN_WIDTH: Final = 0.2
 _ATOM_FILE: Final = re.compile(r"[0-9]+(-ablated)?\.json")
 _PACKAGES: Final = ("duckdb", "torch", "transformer_lens")
 
@@ -30,7 +31,7 @@ def run(config: Run) -> None:
     lake = Lake(config.lake)
     snapshot = lake.snapshot()
     manifest = _manifest(snapshot, config)
-    folder = storage.join(config.export.folder, _path(config))
+    folder = storage.join(config.export.folder, _path(config, checkpoints.state_of(snapshot, config.autoencoder.name)))
     known = _known(folder)
     _check_owner(folder, known, manifest)
     numbers = range(manifest.atoms[0], manifest.atoms[1] + 1)
@@ -39,6 +40,8 @@ def run(config: Run) -> None:
         return
     # An incomplete manifest comes first, so that a folder always says whose it is.
     _write_manifest(folder, manifest)
+    if manifest.bin_width != _VIEWER_BIN_WIDTH:
+        progress.say(f"export: bins are {manifest.bin_width} wide; the reference viewer draws {_VIEWER_BIN_WIDTH}")
     _remove_others(folder, numbers)
     with progress.bar("export", len(numbers), "atoms") as bar:
         for atom, file in _atoms(connect(lake.path, snapshot.version), manifest):
@@ -100,15 +103,15 @@ def _atom_range(config: Run, n_latents: int) -> tuple[int, int]:
     return first, last
 
 
-def _path(config: Run) -> str:
+def _path(config: Run, state: dict[str, Any]) -> str:
     """The autoencoder's folder below export.folder; raises ConfigError where the template has a fault."""
     values = {
         "subject": PurePath(config.subject.model).name,
         "autoencoder": config.autoencoder.name,
         "corpus": config.corpus.name,
         "hook": config.subject.hook,
-        "n_latents": str(config.autoencoder.n_latents),
-        "k": str(config.autoencoder.k),
+        "n_latents": str(state["n_latents"]),
+        "k": str(state["k"]),
     }
     try:
         named = {field for _, field, _, _ in string.Formatter().parse(config.export.path) if field is not None}

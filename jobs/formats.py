@@ -72,4 +72,4 @@ def map_vectors(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     except (pa.ArrowInvalid, OSError) as error:
         raise LakeError(f"{path}: damaged or unreadable Arrow file ({error}); restore it from a copy") from None
     vectors = batch["vector"]
-    return batch["context_id"].to_numpy(), np.asarray(vectors.values).reshape(len(vectors), -1)
+    return batch["context_id"].to_numpy(), np.asarray(vectors.values).reshape(len(vectors), vectors.type.list_size)

@@ -18,7 +18,7 @@ def run(config: Run) -> None:
     """Caches the runs that are not yet in the lake."""
     lake = Lake(config.lake)
     corpus = config.corpus.name
-    contexts.state_of(lake.snapshot(), corpus)
+    contexts.state_of(lake.snapshot(), corpus, config.subject.model)
     subject = Subject.load(**config.subject.model_dump())
     owner = subject.fingerprint[:12]
     run_tokens = lake.snapshot().properties.get(f"harvest/{owner}", config.encode.run_tokens)
@@ -27,8 +27,9 @@ def run(config: Run) -> None:
         progress.say(f"harvest: all {plan.n_runs} runs of {corpus} at {subject.hook} are cached")
         return
     with cluster.connected(config):
-        arguments = (config, run_tokens, plan)
-        rows = runs.each_run("harvest", Harvester, arguments, config.cluster.harvest_actors, plan, missing)
+        rows = runs.each_run(
+            config, "harvest", Harvester, (run_tokens, plan), config.cluster.harvest_actors, plan, missing
+        )
     _, missing = runs.outstanding(lake.snapshot(), "harvest", owner, corpus, run_tokens)
     if missing:
         raise IncompleteError(f"harvest: {len(missing)} of {plan.n_runs} runs are still missing; run sae harvest again")

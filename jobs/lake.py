@@ -106,7 +106,8 @@ class Lake:
     """
 
     def __init__(self, path: str, create: bool = False) -> None:
-        self.path = str(Path(path).absolute()) if storage.is_local(path) else path
+        storage.require_local(path)
+        self.path = str(Path(path).absolute())
         self._latest = Snapshot()
         if not create and not storage.exists(self._log_path(0)):
             raise LakeError(
@@ -162,11 +163,12 @@ class Lake:
         return storage.join(self.path, "_log", *([] if version is None else [f"{version:020d}.json"]))
 
     def _entries(self, version: int) -> Iterator[dict[str, Any]]:
-        while (entry := self._entry(version)) is not None:
+        while (entry := self.entry(version)) is not None:
             yield entry
             version += 1
 
-    def _entry(self, version: int) -> dict[str, Any] | None:
+    def entry(self, version: int) -> dict[str, Any] | None:
+        """The log entry of a version; None where the log is shorter."""
         path = self._log_path(version)
         if not storage.exists(path):
             return None
@@ -202,6 +204,7 @@ class Transaction:
         self.lake = lake
         self.base = lake.snapshot()
         self._operation, self._unit = operation, unit
+        self._id, self._tried = secrets.token_hex(16), -1
         self._add: list[DataFile] = []
         self._remove: list[str] = []
         self._forget: list[str] = []
@@ -219,7 +222,9 @@ class Transaction:
         try:
             self._commit()
         except BaseException:
-            self._discard()
+            # An interrupt can come after the entry was linked: then the files are the lake's.
+            if not self._is_linked():
+                self._discard()
             raise
 
     def write(
@@ -292,8 +297,10 @@ class Transaction:
         while True:
             now = self.lake.snapshot()
             self._check(now)
+            self._tried = now.version + 1
             entry = {
                 "format": FORMAT,
+                "id": self._id,
                 "version": now.version + 1,
                 "operation": self._operation,
                 "unit": self._unit,
@@ -305,6 +312,10 @@ class Transaction:
             }
             if self.lake.link(entry):
                 return
+
+    def _is_linked(self) -> bool:
+        entry = self.lake.entry(self._tried) if self._tried >= 0 else None
+        return entry is not None and entry.get("id") == self._id
 
     def _check(self, now: Snapshot) -> None:
         if self._unit in now.units and self._unit not in self._forget:

@@ -263,7 +263,8 @@ def drop(given: Namespace) -> None:
         kinds = _OF_AUTOENCODER if whole else _OF_LATENTS
         prefixes = tuple(f"{kind}/{name}/" for kind in kinds)
         transaction.forget(sorted(unit for unit in snapshot.units if unit.startswith(prefixes)))
-        for key in sorted({f"{kind}/{name}" for kind in kinds} & snapshot.properties.keys()):
+        exact = {f"{kind}/{name}" for kind in kinds}
+        for key in sorted(key for key in snapshot.properties if key in exact or key.startswith(prefixes)):
             transaction.set(key, None)
     write_views(lake)
     what = f"autoencoder {name}" if whole else f"the latents of {name}"

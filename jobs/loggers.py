@@ -1,10 +1,12 @@
 """Training metrics to tensorboard and wandb, when training.log_to asks for them."""
 
+import hashlib
 from types import TracebackType
 from typing import Any, Self
 
 from sae.jobs.lake import TENSORBOARD_FOLDER, Lake
 from sae.schemas.config import Run
+from sae.schemas.errors import ConfigError
 
 
 class Logger:
@@ -22,12 +24,23 @@ class Logger:
 
             self._tensorboard = SummaryWriter(self._lake.absolute(f"{TENSORBOARD_FOLDER}/{name}"))
         if "wandb" in self._config.training.log_to:
+            self._wandb = self._wandb_run(name)
+        return self
+
+    def _wandb_run(self, name: str) -> Any:
+        # Autoencoders of one name in two lakes are two runs.
+        identity = f"{name}-{hashlib.sha256(self._lake.path.encode()).hexdigest()[:8]}"
+        try:
             import wandb
 
-            self._wandb = wandb.init(
-                project="sae", id=name, resume="allow", config=self._config.model_dump(mode="json")
-            )
-        return self
+            config = self._config.model_dump(mode="json")
+            return wandb.init(project="sae", id=identity, name=name, resume="allow", config=config)
+        except Exception as error:  # wandb's errors have no common base
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"training.log_to: wandb can't start ({reason}); log in with wandb login, set WANDB_MODE=offline, or "
+                "leave wandb out"
+            ) from None
 
     def log(self, rows: list[Any]) -> None:
         for phase, step, _, metric, value in rows:

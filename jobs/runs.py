@@ -11,6 +11,7 @@ from ray.exceptions import RayError
 from sae.jobs import cluster, progress
 from sae.jobs.lake import Snapshot
 from sae.schemas import errors
+from sae.schemas.config import Run
 from sae.schemas.errors import SaeError
 from sae.schemas.tables import CORPUS_SHIFT
 
@@ -71,6 +72,7 @@ class _Worker:
 
 
 def each_run(
+    config: Run,
     step: str,
     worker: Callable[..., Any],
     arguments: tuple[Any, ...],
@@ -80,7 +82,7 @@ def each_run(
 ) -> int:
     """Does the missing runs with a pool of Ray Data actors; returns the rows that were written.
 
-    `worker(*arguments, n_workers)` is called on {"run": [i]} and gives {"run", "tokens", "rows"}, one value each.
+    `worker(config, *arguments, n_workers)` is called on {"run": [i]} and gives {"run", "tokens", "rows"}, a value each.
     A worker that dies is replaced and its run done again.
     """
     context = ray.data.DataContext.get_current()
@@ -91,10 +93,10 @@ def each_run(
     try:
         done = ray.data.from_items([{"run": run} for run in missing], override_num_blocks=len(missing)).map_batches(
             _Worker,
-            fn_constructor_args=(worker, (*arguments, n_workers)),
+            fn_constructor_args=(worker, (config, *arguments, n_workers)),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=n_workers),
-            **cluster.worker_options(n_workers),
+            **cluster.worker_options(config, n_workers),
         )
         before = plan.n_contexts - sum(map(plan.size, missing))
         with progress.bar(step, plan.n_contexts, "contexts", before) as bar:

@@ -379,7 +379,7 @@ def put_if_absent(path: str, data: bytes) -> bool:
 
 def make_folder(path: str) -> None:
     """Make a folder and its parents, durably; one that is there is left alone."""
-    _require_local(path)
+    require_local(path)
     if os.path.isdir(path):
         return
     parent = os.path.dirname(os.path.abspath(path))
@@ -394,7 +394,7 @@ def make_folder(path: str) -> None:
 
 def remove(path: str) -> None:
     """Remove a file; one that is not there is no error."""
-    _require_local(path)
+    require_local(path)
     with _writing(path), suppress(FileNotFoundError):
         os.unlink(path)
 
@@ -405,7 +405,7 @@ def list_files(folder: str, *, temporary: bool = False) -> list[str]:
     Temporary files, which live or killed writers have there, are listed only (and alone) if `temporary`.
     A folder that does not exist has none.
     """
-    _require_local(folder)
+    require_local(folder)
     return sorted(
         os.path.relpath(os.path.join(parent, name), folder)
         for parent, _, names in os.walk(folder)
@@ -424,7 +424,7 @@ def modified(path: str) -> float:
 
 def check_writable(folder: str) -> None:
     """Raise StorageError unless files can be made in a local folder, or in its nearest existing parent."""
-    _require_local(folder)
+    require_local(folder)
     probe = os.path.join(_nearest_existing(folder), TEMPORARY_PREFIX + uuid.uuid4().hex)
     with _writing(folder, probe):
         _fill(probe, b"")
@@ -433,7 +433,7 @@ def check_writable(folder: str) -> None:
 
 def free_bytes(path: str) -> int:
     """Return the bytes free to this user on the disk that holds, or would hold, `path`."""
-    _require_local(path)
+    require_local(path)
     return shutil.disk_usage(_nearest_existing(path)).free
 
 
@@ -456,13 +456,13 @@ def _writing(path: str, *also: str) -> Iterator[None]:
         raise StorageError(f"cannot write {path}: {os.strerror(error.errno)}; {remedy}") from error
 
 
-def _require_local(path: str) -> None:
+def require_local(path: str) -> None:
     if not is_local(path):
         raise StorageError(f"{path}: a lake must be a local folder in this version; use a local path")
 
 
 def _writable_folder(path: str) -> str:
-    _require_local(path)
+    require_local(path)
     folder = os.path.dirname(path) or "."
     make_folder(folder)
     return folder

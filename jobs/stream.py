@@ -75,7 +75,7 @@ class TokenStream:
 
 
 def held_out(doc_id: Array, fraction: float, seed: int) -> Array:
-    """bool [c]: contexts held out for validation, whole documents by a hash of their id, at least one.
+    """bool [c]: contexts held out for validation, whole documents drawn at random, at least one.
 
     A corpus of fewer than ten documents is split by context instead.
     """

@@ -31,7 +31,7 @@ def submit(step: str, path: str, overrides: Sequence[str], config: Run, address:
     Raises ConfigError where the job could not find its files or no job API takes it, IncompleteError where it
     does not succeed.
     """
-    cluster.require_shared(config.lake)
+    cluster.require_shared(config, step)
     command = ["python", "-m", "sae.jobs.cli", step, _relative(path), *overrides]
     try:
         client = JobSubmissionClient(address)

@@ -84,19 +84,30 @@ def _state(lake: Lake, config: Run, reader: CorpusReader) -> dict[str, Any]:
     }
     known: dict[str, Any] | None = snapshot.properties.get(f"corpus/{config.corpus.name}")
     if known is None:
-        number = snapshot.properties.get("corpora", 0)
-        if number >= MAX_CORPORA:
-            raise ConfigError(f"lake: {config.lake} already holds {number} corpora, the most there can be")
-        counts = dict.fromkeys(("n_documents", "n_contexts", "n_tokens", "n_shards"), 0)
-        fixed = {"number": number, "context_length": config.corpus.context_length, "made_with": made_with}
-        return {**fixed, **counts, "next": [0, 0], "complete": False, "bad_rows": {}}
-    for key, value in made_with.items():
-        if known["made_with"][key] != value:
-            raise ConfigError(
-                f"{key}: corpus {config.corpus.name} of {config.lake} was tokenized with "
-                f"{known['made_with'][key]}, now it is {value}; give the corpus another corpus.name"
-            )
-    return known
+        return _new_state(snapshot.properties.get("corpora", 0), config, made_with)
+    differing = [key for key, value in made_with.items() if known["made_with"][key] != value]
+    if not differing:
+        return known
+    if known["complete"]:
+        key = differing[0]
+        raise ConfigError(
+            f"{key}: corpus {config.corpus.name} of {config.lake} was tokenized with "
+            f"{known['made_with'][key]}, now it is {made_with[key]}; give the corpus another corpus.name"
+        )
+    if differing == ["corpus.on_bad_row"]:
+        return {**known, "made_with": made_with}
+    progress.say(
+        f"tokenize: {differing[0]} has changed since corpus {config.corpus.name} was begun; starting it afresh"
+    )
+    return _new_state(known["number"], config, made_with)
+
+
+def _new_state(number: int, config: Run, made_with: dict[str, Any]) -> dict[str, Any]:
+    if number >= MAX_CORPORA:
+        raise ConfigError(f"lake: {config.lake} already holds {number} corpora, the most there can be")
+    counts = dict.fromkeys(("n_documents", "n_contexts", "n_tokens", "n_shards"), 0)
+    fixed = {"number": number, "context_length": config.corpus.context_length, "made_with": made_with}
+    return {**fixed, **counts, "next": [0, 0], "complete": False, "bad_rows": {}}
 
 
 def _check_length(config: Run) -> None:
@@ -164,13 +175,23 @@ def _write(transaction: Transaction, name: str, shard: Shard, state: dict[str, A
         if rows.num_rows:
             transaction.write(table, rows, corpus=name, run=state["n_shards"], tokens=shard.n_tokens)
     if state["n_shards"] == 1:
-        if transaction.base.properties.get("corpora", 0) != state["number"]:
-            raise ConflictError(f"corpus {name}: another corpus was added meanwhile; run sae tokenize again")
-        transaction.set("corpora", state["number"] + 1)
+        _begin_corpus(transaction, name, state["number"])
         strings = token_strings(tokenizer)
         vocabulary = {"token_id": np.arange(len(strings), dtype=np.int32), "token": strings}
         transaction.write("vocabulary", pa.table(vocabulary, schema=VOCABULARY), corpus=name)
     transaction.set(f"corpus/{name}", state)
+
+
+def _begin_corpus(transaction: Transaction, name: str, number: int) -> None:
+    """Takes the corpus' number, or takes out what an unfinished corpus of the same name had."""
+    base = transaction.base
+    if f"corpus/{name}" not in base.properties:
+        if base.properties.get("corpora", 0) != number:
+            raise ConflictError(f"corpus {name}: another corpus was added meanwhile; run sae tokenize again")
+        transaction.set("corpora", number + 1)
+    for table in ("documents", "contexts", "vocabulary"):
+        transaction.remove(base.select(table, corpus=name))
+    transaction.forget(unit for unit in base.units if unit.startswith(f"tokenize/{name}/"))
 
 
 def _table(rows: list[Any], schema: pa.Schema) -> pa.Table:

@@ -24,7 +24,7 @@ from sae.metrics import reconstruction
 from sae.model import Autoencoder
 from sae.optimise import learning_rate
 from sae.schemas.config import Run
-from sae.schemas.errors import AutoencoderError, ConfigError, CorpusError, IncompleteError
+from sae.schemas.errors import AutoencoderError, ConflictError, CorpusError, IncompleteError
 from sae.schemas.tables import METRICS
 from sae.subject import Subject
 from sae.training import StepConfig, TrainStep
@@ -32,18 +32,19 @@ from sae.training import StepConfig, TrainStep
 _SAMPLE_ROWS: Final = 32_768
 _LOGGED_STEPS: Final = 10_000
 _REPORT_EVERY_S: Final = 0.5
-# What may differ between the command that began a training and one that continues it.
-_MAY_CHANGE: Final = {"tokens", "checkpoint_tokens", "keep_checkpoints", "log_to", "validation_tokens"}
 
 
 def run(config: Run) -> None:
     """Trains to training.tokens, from the last checkpoint if there is one."""
     lake = Lake(config.lake)
     name = config.autoencoder.name
-    contexts.state_of(lake.snapshot(), config.corpus.name)
+    contexts.state_of(lake.snapshot(), config.corpus.name, config.subject.model)
     state = _known_state(lake.snapshot(), config)
     total = n_steps(config) * config.training.batch_tokens
     if state is not None and state["tokens"] >= total:
+        if not state["complete"]:  # it was interrupted, and training.tokens lowered since
+            with lake.transaction("train") as transaction:
+                transaction.set(f"autoencoder/{name}", {**state, "complete": True})
         progress.say(f"train: {name} is trained on {state['tokens']:,} tokens")
         return
     with (
@@ -63,7 +64,7 @@ def n_steps(config: Run) -> int:
 
 def _follow(config: Run, bar: progress.Bar) -> str:
     """Runs the actor and shows its reports; an interrupt lets it save a checkpoint first."""
-    trainer: Any = ray.remote(Trainer).options(max_concurrency=2, **cluster.worker_options(1)).remote(config)
+    trainer: Any = ray.remote(Trainer).options(max_concurrency=2, **cluster.worker_options(config, 1)).remote(config)
     reports = trainer.train.options(num_returns="streaming").remote()
     note = ""
     try:
@@ -92,24 +93,8 @@ def _known_state(snapshot: Snapshot, config: Run) -> dict[str, Any] | None:
     state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{config.autoencoder.name}")
     if state is None:
         return None
-    for key, value in _made_with(config).items():
-        if state["made_with"].get(key) != value:
-            raise ConfigError(
-                f"{key}: autoencoder {config.autoencoder.name} of {config.lake} is trained with "
-                f"{state['made_with'].get(key)}, now it is {value}; give the new one another autoencoder.name"
-            )
+    checkpoints.check_made_with(state, config, lambda key: True)
     return state
-
-
-def _made_with(config: Run) -> dict[str, Any]:
-    """Everything that decides the weights, by key of the config, as plain JSON."""
-    sections = {
-        "subject": config.subject.model_dump(mode="json"),
-        "autoencoder": config.autoencoder.model_dump(mode="json"),
-        "training": config.training.model_dump(mode="json", exclude=_MAY_CHANGE),
-    }
-    keys = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-    return {"seed": config.seed, "corpus.name": config.corpus.name, **keys}
 
 
 class Trainer:
@@ -129,6 +114,7 @@ class Trainer:
         config = self._config
         self._prepare()
         state = _known_state(self._lake.snapshot(), config)
+        self._checkpoints: list[Any] = state["checkpoints"] if state else []
         position = state["tokens"] if state else 0
         mse_scale = state["mse_scale"] if state else self._initialise()
         self._step = TrainStep(self._autoencoder, _step_config(config, mse_scale))
@@ -161,8 +147,11 @@ class Trainer:
         self._autoencoder = new_autoencoder(config, subject.d_model).to(self._device)
 
     def _validation_vectors(self, source: Live | Cached, rows: Any, kept: Any) -> Tensor | None:
-        """The first validation_tokens held-out activations [m, d]."""
+        """A sample of validation_tokens held-out activations [m, d]; None where nothing is held out."""
+        if not len(rows):
+            return None
         limit = self._config.training.validation_tokens
+        rows = np.random.default_rng(self._config.seed).permutation(rows)
         n_rows = int(np.searchsorted(np.cumsum(kept[rows]), limit)) + 1
         vectors = source.vectors(rows[:n_rows])[:limit]
         return vectors if len(vectors) > 1 else None
@@ -237,6 +226,8 @@ class Trainer:
         tokens = step * config.training.batch_tokens
         with self._lake.transaction("train") as transaction:
             known = transaction.base.properties.get(f"autoencoder/{name}", {"checkpoints": []})
+            if known["checkpoints"] != self._checkpoints:
+                raise ConflictError(f"autoencoder {name}: another training of it commits too; let only one go on")
             with self._averaged():
                 model = checkpoints.write_tensors(transaction, "checkpoints", name, self._autoencoder.tensors())
             state = checkpoints.write_tensors(transaction, "training_states", name, self._step.state_dict())
@@ -246,6 +237,7 @@ class Trainer:
             dropped = [old for old in known["checkpoints"] if old not in kept]
             transaction.remove(transaction.base.files[old[kind]] for old in dropped for kind in ("model", "state"))
             transaction.set(f"autoencoder/{name}", self._property(tokens, step, mse_scale, kept))
+        self._checkpoints = kept
 
     def _property(self, tokens: int, step: int, mse_scale: float, kept: list[Any]) -> dict[str, Any]:
         config = self._config
@@ -258,7 +250,7 @@ class Trainer:
             "n_latents": config.autoencoder.n_latents,
             "k": config.autoencoder.k,
             "config": self._autoencoder.config(),
-            "made_with": _made_with(config),
+            "made_with": checkpoints.made_with(config),
             "mse_scale": mse_scale,
             "step": step,
             "tokens": tokens,

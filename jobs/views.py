@@ -20,7 +20,7 @@ _PER_FILE: Final[dict[str, tuple[str, ...]]] = {
     "samples": ("autoencoder", "corpus"),
     "atoms": ("autoencoder",),
     "examples": ("autoencoder",),
-    "metrics": ("autoencoder",),
+    "metrics": ("autoencoder", "corpus"),
 }
 TABLES: Final = frozenset(_PER_FILE)
 

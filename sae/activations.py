@@ -81,7 +81,6 @@ def activation_from_state(name: object, state: Mapping[str, Any]) -> Activation:
         k = int(k)
     if not isinstance(k, int) or postact not in simple:
         raise AutoencoderError(
-            f"activation TopK has k {k!r} and postact {postact!r}: "
-            f"expected a whole number, and ReLU or Identity"
+            f"activation TopK has k {k!r} and postact {postact!r}: expected a whole number, and ReLU or Identity"
         )
     return TopK(k, simple[postact])

@@ -204,9 +204,7 @@ class Autoencoder(nn.Module):
         """
         missing = {"n_latents", "d_model", "activation", "normalize", "tied"} - config.keys()
         if missing:
-            raise AutoencoderError(
-                f"autoencoder config lacks {_names(missing)}: it was not written by this project"
-            )
+            raise AutoencoderError(f"autoencoder config lacks {_names(missing)}: it was not written by this project")
         state = {"k": config.get("k"), "postact_fn": config.get("postact") or "ReLU"}
         activation = activation_from_state(config["activation"], state)
         return cls(config["n_latents"], config["d_model"], activation, config["tied"], config["normalize"])
@@ -230,9 +228,7 @@ class Autoencoder(nn.Module):
             state[prefix + "normalize"] = self.normalize
         return state
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load tensors of `state_dict` or `tensors`.
 
         Raises AutoencoderError in one line when keys or shapes do not fit (always strictly).
@@ -258,9 +254,7 @@ class Autoencoder(nn.Module):
             raise AutoencoderError(
                 "state dict has no encoder.weight [n_latents, d_model]: it does not hold an autoencoder"
             )
-        activation = activation_from_state(
-            state.get("activation", ReLU.name), state.get("activation_state_dict", {})
-        )
+        activation = activation_from_state(state.get("activation", ReLU.name), state.get("activation_state_dict", {}))
         normalize = bool(state.get("normalize", isinstance(activation, TopK)))
         autoencoder = cls(weight.shape[0], weight.shape[1], activation, tied, normalize).to(weight.dtype)
         for name, buffer in autoencoder.named_buffers():
@@ -320,22 +314,16 @@ def _check_sizes(n_latents: int, d_model: int, activation: Activation) -> None:
     if n_latents < 1 or d_model < 1:
         raise AutoencoderError(f"n_latents is {n_latents} and d_model is {d_model}: both must be at least 1")
     if isinstance(activation, TopK) and not 1 <= activation.k <= n_latents:
-        raise AutoencoderError(
-            f"k is {activation.k} and n_latents is {n_latents}: k must be between 1 and n_latents"
-        )
+        raise AutoencoderError(f"k is {activation.k} and n_latents is {n_latents}: k must be between 1 and n_latents")
 
 
 def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
     """Raise AutoencoderError unless tensors has exactly these names with these shapes."""
     missing, unknown = shapes.keys() - tensors.keys(), tensors.keys() - shapes.keys()
     if missing:
-        raise AutoencoderError(
-            f"state dict lacks {_names(missing)}: the checkpoint is incomplete or of another kind"
-        )
+        raise AutoencoderError(f"state dict lacks {_names(missing)}: the checkpoint is incomplete or of another kind")
     if unknown:
-        raise AutoencoderError(
-            f"state dict has unknown keys {_names(unknown)}: the checkpoint is of another kind"
-        )
+        raise AutoencoderError(f"state dict has unknown keys {_names(unknown)}: the checkpoint is of another kind")
     for name, shape in shapes.items():
         if not isinstance(tensors[name], Tensor) or tensors[name].shape != shape:
             found = list(getattr(tensors[name], "shape", [])) or type(tensors[name]).__name__

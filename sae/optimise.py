@@ -106,9 +106,7 @@ class EMA:
     def __init__(self, autoencoder: Autoencoder, decay: float) -> None:
         self.decay = decay
         self._steps = torch.zeros((), dtype=torch.int64)
-        self._averages = {
-            name: torch.zeros_like(p, requires_grad=False) for name, p in autoencoder.named_parameters()
-        }
+        self._averages = {name: torch.zeros_like(p, requires_grad=False) for name, p in autoencoder.named_parameters()}
 
     @torch.no_grad()
     def update(self, autoencoder: Autoencoder) -> None:

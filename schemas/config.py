@@ -120,6 +120,9 @@ class Cluster(_Section):
     address: str = Field("local", description="local, auto, or the address of a Ray head")
     tp: Literal[1] = 1
     dp: Literal[1] = 1
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="GPUs of each worker; where absent, one if the cluster has any as the step begins"
+    )
     harvest_actors: Count = 1
     encode_actors: Count = 1
 

@@ -138,7 +138,7 @@ EXAMPLES = _table(
 )
 
 METRICS = _table(
-    "one row per (phase, step, metric); phase is train, validation or evaluate",
+    "one row per (autoencoder, corpus, phase, step, metric); phase is train, validation or evaluate",
     "step, metric",
     ("phase", pa.string()),
     ("step", pa.int64()),

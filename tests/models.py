@@ -84,6 +84,4 @@ def byte_tokenizer(vocab: int = 320) -> PreTrainedTokenizerFast:
     )
     bpe.train_from_iterator(TEXT, trainer)
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, unk_token=end, pad_token=end)

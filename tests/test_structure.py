@@ -103,14 +103,10 @@ def violations(path: PurePosixPath, source: str) -> list[str]:
     """One line for each broken rule of a file, given its path from the repository's root."""
     tree = ast.parse(source)
     found = [
-        f"{path}:{line}: {name}: {reason}"
-        for line, name in imports(path, tree)
-        if (reason := forbidden(path, name))
+        f"{path}:{line}: {name}: {reason}" for line, name in imports(path, tree) if (reason := forbidden(path, name))
     ]
     if path.parts[0] == "jobs" and path != PurePosixPath("jobs/storage.py"):
-        found += [
-            f"{path}:{line}: {call}(): only jobs/storage.py opens files" for line, call in file_calls(tree)
-        ]
+        found += [f"{path}:{line}: {call}(): only jobs/storage.py opens files" for line, call in file_calls(tree)]
     return found
 
 

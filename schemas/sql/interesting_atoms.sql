@@ -2,7 +2,7 @@
 -- tokens are those on which the atom's top examples peak, most frequent first; context is the strongest example
 with peaks as (
     select
-        examples.atom, examples.rank, vocabulary.token, contexts.corpus, contexts.token_ids, examples.pos
+        examples.atom, examples.rank, vocabulary.token, contexts.corpus, contexts.token_ids, examples.pos::integer as pos
     from examples
     join atoms using (autoencoder, atom)
     join contexts using (context_id)
@@ -16,9 +16,9 @@ counted as (
 described as (
     select
         atom,
-        arg_max(token, n) as main_token,
+        arg_max(token, (n, -best, token)) as main_token,
         max(n) / sum(n) as consistency,
-        list(trim(token) order by n desc, best)[:4] as tokens
+        list(trim(token) order by n desc, best, token)[:4] as tokens
     from counted
     group by atom
 ),

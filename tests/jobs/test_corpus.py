@@ -91,9 +91,7 @@ def test_txt_round_trips(tmp_path_factory: pytest.TempPathFactory, texts: list[s
     folder = tmp_path_factory.mktemp("corpus")
     for n, text in enumerate(texts):
         (folder / f"{n:03}.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert read(folder / "*.txt") == [
-        Document(text, f"{n:03}.txt", "test", n, 0) for n, text in enumerate(texts)
-    ]
+    assert read(folder / "*.txt") == [Document(text, f"{n:03}.txt", "test", n, 0) for n, text in enumerate(texts)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,9 +128,7 @@ def test_ids_and_sources(write: Write) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    "kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
-)
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
 def test_every_arrow_string_is_a_string(tmp_path: Path, kind: pa.DataType) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": pa.array(["a", "b"], pa.string()).cast(kind)}), path)
@@ -238,9 +234,7 @@ def test_bad_rows_are_summed_up_by_cause(write: Write) -> None:
     assert len(list(skipping.documents())) == 1
     assert skipping.bad_rows.total == 11
     places = ", ".join(f"{path}:{n}" for n in (1, 2, 3))
-    assert str(skipping.bad_rows) == (
-        f"bad rows skipped: 10 no column 'text' ({places}); 1 invalid JSON ({path}:11)"
-    )
+    assert str(skipping.bad_rows) == (f"bad rows skipped: 10 no column 'text' ({places}); 1 invalid JSON ({path}:11)")
 
 
 @pytest.mark.parametrize("data", [b"", b" \n", b"\xff\xfea\x00"])

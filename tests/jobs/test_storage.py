@@ -166,9 +166,7 @@ def test_a_folder_is_not_read_as_a_file(tmp_path: Path) -> None:
             read(str(tmp_path))
 
 
-def test_glob_finds_relative_paths_and_linked_folders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_glob_finds_relative_paths_and_linked_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "1.txt").touch()
     (tmp_path / "link").symlink_to("real")

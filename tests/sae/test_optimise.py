@@ -146,7 +146,5 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
 def test_the_learning_rate_is_positive_and_never_above_its_peak(
     tokens: int, warmup: int, decay: float, batch: int
 ) -> None:
-    rate = learning_rate(
-        tokens, batch, total_tokens=10**6, peak=1e-3, warmup_tokens=warmup, decay_fraction=decay
-    )
+    rate = learning_rate(tokens, batch, total_tokens=10**6, peak=1e-3, warmup_tokens=warmup, decay_fraction=decay)
     assert 0 < rate <= 1e-3

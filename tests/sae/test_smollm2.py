@@ -81,9 +81,7 @@ def test_conversion_gives_the_model_back(tmp_path: Path, original: Path, package
     folder = smollm2.smollm2_folder(tmp_path / "cache")
     ids = torch.arange(40).view(2, 20)
     with torch.no_grad():
-        logits, expected = (
-            AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (folder, original)
-        )
+        logits, expected = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (folder, original))
     assert torch.equal(logits, expected)
     text = "The dog paid some yen."
     tokenizer = load_tokenizer(str(folder))
