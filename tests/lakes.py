@@ -138,7 +138,8 @@ def _tokenize(lake: Lake, small: Small) -> None:
         for table, columns in tables.items():
             transaction.write(table, pa.table(columns, schema=SCHEMAS[table]), corpus=CORPUS)
         counts = {"n_documents": n, "n_contexts": n, "n_tokens": sum(map(len, small.contexts)), "n_shards": 1}
-        state = {"number": 0, "context_length": CONTEXT_LENGTH, "complete": True, **counts}
+        made_with = {"subject.model": small.config.subject.model}
+        state = {"number": 0, "context_length": CONTEXT_LENGTH, "complete": True, "made_with": made_with, **counts}
         transaction.set(f"corpus/{CORPUS}", state)
 
 
