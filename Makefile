@@ -67,7 +67,7 @@ fmt: env
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-# Modules whose name starts with _ are shared code; those that need a GPU are in benchmarks/gpu/.
+# Modules whose name starts with _ are shared code.
 bench: env
 	@for name in $(basename $(notdir $(wildcard benchmarks/[a-z]*.py))); do \
 	    echo "== $$name"; $(PY) -m "benchmarks.$$name"; done

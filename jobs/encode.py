@@ -65,9 +65,10 @@ class Encoder:
         self._config, self._encoding, self._plan = config, encoding, plan
         self._lake = Lake(config.lake)
         self._subject = Subject.load(**config.subject.model_dump(), device=device)
+        self._autoencoder = checkpoints.load(self._lake, config.autoencoder.name).to(device)
+        # Asked once they are loaded: weights can only be newer than the command's before that.
         if checkpoints.identity(self._lake.snapshot(), config.autoencoder.name) != encoding["checkpoint"]:
             raise LakeError(f"autoencoder {config.autoencoder.name} was trained on meanwhile; run sae encode again")
-        self._autoencoder = checkpoints.load(self._lake, config.autoencoder.name).to(device)
         checkpoints.check_fit(self._autoencoder, self._subject, config.autoencoder.name)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

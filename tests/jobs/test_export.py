@@ -15,6 +15,7 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, IncompleteError
 from sae.schemas.viewer import AtomFile, Manifest
 from tests.lakes import BIN_WIDTH, CORPUS, DEAD, EXAMPLES, N_LATENTS, NAME, TOKENS, Small, encode, small_lake
+from tests.tiny_run import sae
 
 FOLDER = f"tiny/v5_l8_postmlp/n{N_LATENTS}/k3"
 
@@ -232,3 +233,23 @@ def test_the_path_template_is_filled(small: Small) -> None:
     export.run(changed(small.config, path="{autoencoder}-{corpus}/{hook}/{k}"))
     folder = Path(small.config.export.folder) / f"{NAME}-{CORPUS}" / "blocks.1.hook_resid_pre" / "3"
     assert (folder / "manifest.json").exists()
+
+
+def test_the_folder_tells_the_size_that_was_trained_not_the_one_in_the_config(small: Small) -> None:
+    other = small.config.autoencoder.model_copy(update={"n_latents": 2 * N_LATENTS, "k": 1})
+    export.run(small.config.model_copy(update={"autoencoder": other}))
+    assert manifest(small).n_latents == N_LATENTS
+
+
+def test_a_job_does_not_export_into_its_copy_of_the_working_directory(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(small.config.model_dump(mode="json")))  # which is YAML too
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    result = sae("export", config, "--export.folder=mine")
+    assert (result.code, len(result.lines)) == (1, 1)
+    assert "error: export.folder: mine is a relative path" in result.stderr
+    assert not (tmp_path / "mine").exists()
+    assert sae("export", config).code == 0

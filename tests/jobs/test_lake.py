@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.jobs import views
+from sae.jobs import storage, views
 from sae.jobs.lake import Lake, connect, write_views
-from sae.schemas.errors import ConflictError, LakeError, SaeError
+from sae.schemas.errors import ConflictError, LakeError, SaeError, StorageError
 from sae.schemas.tables import SCHEMAS
 
 
@@ -98,6 +98,46 @@ def test_an_exception_while_a_file_is_written_leaves_no_part_of_it(lake: Lake) -
     with pytest.raises(ValueError), lake.transaction("train") as transaction:  # noqa: PT011
         transaction.write_with("checkpoints", "safetensors", broken)
     assert on_disk(lake) == before
+
+
+def test_an_interrupt_right_after_the_entry_is_linked_keeps_what_it_names(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C can come at any instruction: this one while the log's folder is brought to disk."""
+    sync = storage._sync
+
+    def interrupted(path: str) -> None:
+        if path.endswith("_log"):
+            raise KeyboardInterrupt
+        sync(path)
+
+    monkeypatch.setattr(storage, "_sync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add(lake, 1)
+    monkeypatch.undo()
+    assert atoms(Lake(lake.path)) == [0, 1]
+
+
+def test_an_interrupt_right_before_the_entry_is_linked_leaves_nothing(
+    lake: Lake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = on_disk(lake)
+
+    def interrupted(*_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.link", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add(lake, 1)
+    monkeypatch.undo()
+    assert on_disk(lake) == before
+    assert atoms(Lake(lake.path)) == [0]
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_lake_in_an_object_store_is_refused_at_once(create: bool) -> None:
+    with pytest.raises(StorageError, match=r"^s3://x/y: a lake must be a local folder in this version"):
+        Lake("s3://x/y", create=create)
 
 
 def test_a_file_tells_its_rows_ranges_and_size(lake: Lake) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from sae.schemas.errors import ConfigError
 from sae.statistics import Columns, SortedRun, priority, round_act
 
 Row = tuple[int, int, int, float]
@@ -193,3 +194,10 @@ def test_priorities_never_change() -> None:
 
     keys: list[npt.NDArray[np.int64]] = [np.array([12]), np.array([5 << 40]), np.array([63])]
     assert int(priority(7, *keys)[0]) == mix(mix(mix(mix(7) ^ 12) ^ 5 << 40) ^ 63)
+
+
+def test_bins_that_are_too_narrow_to_be_numbered_are_refused() -> None:
+    run = sorted_run([(0, 0, 0, 1.0)])
+    assert run.histogram(2.0**-30)["bin"].tolist() == [2**30]
+    with pytest.raises(ConfigError, match=r"encode\.bin_width: got 4\.\d+e-10, too narrow .*; widen it"):
+        run.histogram(2.0**-31)

@@ -1,0 +1,67 @@
+"""Latents of two kinds never mix: of other weights, other settings or another model's tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.jobs import checkpoints, encode, runs
+from sae.jobs.lake import Lake
+from sae.schemas.errors import ConfigError, LakeError
+from tests.in_process import encoder, run_of, train
+from tests.models import tiny_gpt2
+from tests.tiny_run import CORPUS, NAME, Lab
+
+SHORT = 640
+
+
+@pytest.fixture(scope="module")
+def briefly(tokenized: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The tiny run, trained for ten steps; not to be changed."""
+    there = tokenized.copy(tmp_path_factory.mktemp("briefly"))
+    train(there, training__tokens=SHORT)
+    return there
+
+
+def test_a_worker_refuses_weights_that_are_newer_than_its_command(briefly: Lab, tmp_path: Path) -> None:
+    lab = briefly.copy(tmp_path)
+    config = run_of(lab)
+    lake = Lake(str(lab.lake))
+    encoding = encode._encoding(lake, config)
+    plan, _ = runs.outstanding(lake.snapshot(), "encode", NAME, CORPUS, encoding["run_tokens"])
+    train(lab, training__tokens=2 * SHORT)
+    assert checkpoints.identity(lake.snapshot(), NAME) != encoding["checkpoint"]
+    with pytest.raises(LakeError, match="was trained on meanwhile; run sae encode again"):
+        encode.Encoder(config, encoding, plan, 1)
+
+
+@pytest.mark.parametrize("other", [{"encode__bin_width": 0.5}, {"seed": 8}])
+def test_two_commands_with_other_settings_do_not_mix(other: dict[str, Any], briefly: Lab, tmp_path: Path) -> None:
+    lab = briefly.copy(tmp_path)
+    one, two = encoder(lab), encoder(lab, **other)
+    one({"run": [0]})
+    before = lab.bytes()
+    with pytest.raises(LakeError, match="let only one go on"):
+        two({"run": [1]})
+    assert lab.bytes() == before
+    one({"run": [1]})
+    assert [file.run for file in Lake(str(lab.lake)).snapshot().select("histograms")] == [0, 1]
+
+
+def test_bins_too_narrow_to_be_numbered_are_refused(briefly: Lab, tmp_path: Path) -> None:
+    lab = briefly.copy(tmp_path)
+    before = lab.bytes()
+    with pytest.raises(ConfigError, match=r"encode\.bin_width: got 1e-12, too narrow .*; widen it"):
+        encoder(lab, encode__bin_width=1e-12)({"run": [0]})
+    assert lab.bytes() == before
+
+
+def test_a_corpus_of_another_models_tokens_is_refused(briefly: Lab, tmp_path: Path) -> None:
+    lab = briefly.copy(tmp_path)
+    given: dict[str, Any] = {"corpus__name": "foreign"}
+    lab.done("tokenize", subject__model=str(tiny_gpt2(tmp_path / "other", d=16)), **given)
+    before = lab.bytes()
+    result = lab.sae("encode", **given)
+    assert (result.code, len(result.lines)) == (1, 1), result.stderr
+    assert f"corpus foreign is tokenized for {tmp_path / 'other'}" in result.stderr
+    assert lab.bytes() == before
