@@ -15,7 +15,7 @@ from sae.schemas import config as run_config
 from sae.schemas.config import Run
 from sae.schemas.errors import CorpusError
 
-_STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "export")
+_STEPS: Final = ("tokenize", "train", "encode", "compact", "aggregate", "evaluate", "export")
 _FOLDER: Final = "demo"
 _CONFIG: Final = """\
 # The run of `make demo`; every step reads it: sae encode demo/run.yaml
@@ -27,18 +27,17 @@ corpus:
   context_length: 128
 autoencoder: {{name: demo, n_latents: 2304, k: 32, auxk: 256, normalize: true}}
 training:
-  tokens: 800_000  # two passes
+  tokens: 350_000  # about one pass
   batch_tokens: 2048
-  lr: 1.0e-3
-  decay_fraction: 0.2
-  ema: 0.99
-  source: cached
+  lr: 4.0e-3
+  decay_fraction: 0.3
+  ema: 0.9
   buffer_tokens: 65536
-  dead_tokens: 200_000
-  checkpoint_tokens: 200_000
+  dead_tokens: 100_000
+  checkpoint_tokens: 100_000
   validation: 0.05
 encode: {{run_tokens: 65536}}
-evaluate: {{tokens: 2048}}
+evaluate: {{tokens: 4096}}
 export: {{folder: {folder}/viewer}}
 """
 _QUERIES: Final = {
