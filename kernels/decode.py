@@ -43,9 +43,7 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         values, indices, weight = ctx.saved_tensors
         grad_values = sampled_matmul(grad, weight, indices) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            sparse_t_matmul(values, indices, grad, weight.shape[0]) if ctx.needs_input_grad[2] else None
-        )
+        grad_weight = sparse_t_matmul(values, indices, grad, weight.shape[0]) if ctx.needs_input_grad[2] else None
         return grad_values, None, grad_weight
 
 
