@@ -52,11 +52,12 @@ def main() -> None:
         spans = run_undisturbed(config, Path(folder))
         draw = random.Random(args.seed)
         print("     step        killed   after at version commands finished in  equal  reader", flush=True)
-        results = []
-        for number in range(args.rounds):
-            step, victim = ROUNDS[number % len(ROUNDS)]
-            after = draw.uniform(0, spans[step, victim])
-            results.append(one_round(config, Path(folder), step, victim, after))
+        results: list[dict[str, Any]] = []
+        while len(results) < args.rounds:
+            step, victim = ROUNDS[len(results) % len(ROUNDS)]
+            result = one_round(config, Path(folder), step, victim, draw.uniform(0, spans[step, victim]))
+            # A victim that had ended before it could be killed proves nothing: the round is drawn again.
+            results += [result] if result["killed"] else []
     failed = [result for result in results if not (result["equal"] and result["reader_errors"] == 0)]
     print(f"{len(results) - len(failed)} of {len(results)} rounds ended equal, with no error for the reader")
     if args.json:

@@ -115,7 +115,7 @@ def test_an_unknown_hook(hook: str, tokenized: Lab, one_ray: None) -> None:
     [("subject__hook", "blocks.0.hook_resid_pre"), ("subject__masked_positions", []), ("subject__dtype", "bfloat16")],
 )
 def test_encoding_other_activations_than_were_trained_on(key: str, value: Any, trained: Lab) -> None:
-    refused(trained, "encode", key.replace("__", "."), "was trained with", **{key: value})
+    refused(trained, "encode", key.replace("__", "."), "is trained with", **{key: value})
 
 
 def test_training_on_with_other_settings(trained: Lab) -> None:
