@@ -23,6 +23,7 @@ class TokenStream:
     def __init__(self, source: Source, rows: Array, kept: Array, batch: int, buffer: int, seed: int) -> None:
         """`rows` are the contexts to train on, `kept` [len(rows)] how many tokens each gives."""
         self._source, self._batch, self._buffer, self._seed = source, batch, buffer, seed
+        self._latest: tuple[tuple[int, int], Tensor] | None = None
         useful = kept > 0
         self._rows, self._kept = rows[useful], kept[useful]
 
@@ -69,6 +70,13 @@ class TokenStream:
         yield from zip(np.concatenate([[0], marks[:-1]]).tolist(), marks.tolist(), strict=True)
 
     def _shuffled(self, rows: Array, epoch: int, chunk: int) -> Tensor:
+        # The first chunk is asked for twice: to start from, and to train on.
+        if self._latest is None or self._latest[0] != (epoch, chunk):
+            self._latest = None  # frees the memory of the chunk before
+            self._latest = (epoch, chunk), self._made(rows, epoch, chunk)
+        return self._latest[1]
+
+    def _made(self, rows: Array, epoch: int, chunk: int) -> Tensor:
         vectors = self._source.vectors(rows)
         order = np.random.default_rng([self._seed, epoch, chunk]).permutation(len(vectors))
         return vectors[torch.from_numpy(order).to(vectors.device)]
