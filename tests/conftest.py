@@ -11,6 +11,12 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 # The behaviour that Ray announces as its next default; without it ray.init warns.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
+import torch
+
+# Read by triton's decorators; Triton kernels are run on the CPU where there is no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from hypothesis import settings
 
@@ -21,10 +27,6 @@ settings.load_profile("sae")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where torch sees no CUDA device."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if not on_gpu:
-        return
-    import torch
-
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
