@@ -1,1 +1,1 @@
-"""Measurements, one a module; `make bench` runs those that need no GPU."""
+"""Measurements, one a module; `make bench` runs them all; those for a GPU end at once where there is none."""

@@ -50,7 +50,7 @@ def main() -> None:
         row = measure(make_lake(args, folder), args)
     print("  ".join(f"{key}={value}" for key, value in row.items()))
     if args.json:
-        print(json.dumps({"benchmark": "encode", "torch": torch.__version__, **row}))
+        print(json.dumps({"benchmark": "encode_worker", "torch": torch.__version__, **row}))
 
 
 def make_lake(args: argparse.Namespace, folder: str) -> Run:
