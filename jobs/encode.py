@@ -7,13 +7,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from sae import device_statistics
 from sae.jobs import checkpoints, cluster, contexts, progress, runs
 from sae.jobs.activations import kept_activations
 from sae.jobs.lake import Lake, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, ConflictError, IncompleteError, LakeError
 from sae.schemas.tables import SCHEMAS
-from sae.statistics import SortedRun
+from sae.statistics import RunStatistics
 from sae.subject import Subject
 
 
@@ -82,18 +83,20 @@ class Encoder:
         return {"run": [run], "tokens": [tokens], "rows": [len(latents)]}
 
     @torch.inference_mode()
-    def _latents(self, corpus: contexts.Contexts) -> SortedRun:
-        parts: list[tuple[Any, ...]] = []
+    def _latents(self, corpus: contexts.Contexts) -> RunStatistics:
+        found = device_statistics.RunBuilder(device_statistics.room(self._autoencoder.pre_bias.device))
         size = self._config.encode.batch_contexts
         for start in range(0, len(corpus), size):
             rows = np.arange(start, min(start + size, len(corpus)))
             acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows)
-            row, latent, value = (part.cpu().numpy() for part in self._autoencoder.nonzeros(acts.float()))
-            parts.append((latent, corpus.context_id[rows[at_row[row]]], at_pos[row], value))
-        atom, context_id, pos, act = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return SortedRun.from_rows(atom, context_id, pos, act)
+            row, latent, value = self._autoencoder.nonzeros(acts.float())
+            context_id, pos = (
+                torch.from_numpy(ids).to(row.device) for ids in (corpus.context_id[rows[at_row]], at_pos)
+            )
+            found.add(latent, context_id[row], pos[row], value)
+        return found.sorted()
 
-    def _commit(self, run: int, latents: SortedRun, tokens: int) -> None:
+    def _commit(self, run: int, latents: RunStatistics, tokens: int) -> None:
         name, corpus, encoding = self._config.autoencoder.name, self._config.corpus.name, self._encoding
         tables = {
             "latents": latents.rows(),

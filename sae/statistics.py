@@ -5,7 +5,7 @@ All functions are deterministic: the same rows give the same bytes, whatever ord
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +15,15 @@ from sae.schemas.errors import ConfigError
 Array = npt.NDArray[Any]
 Columns = dict[str, Array]
 
-_MANTISSA_DROPPED: Final = 13  # float32 has 23 mantissa bits; 10 are stored
+MANTISSA_DROPPED: Final = 13  # float32 has 23 mantissa bits; 10 are stored
 
 
 def round_act(act: Array) -> Array:
     """float32 values rounded to 10 mantissa bits, half to even; relative error at most 2**-11."""
     bits = act.astype(np.float32).view(np.uint32)
-    half = (1 << (_MANTISSA_DROPPED - 1)) - 1
-    rounded = bits + half + ((bits >> _MANTISSA_DROPPED) & 1)
-    return (rounded >> _MANTISSA_DROPPED << _MANTISSA_DROPPED).view(np.float32)
+    half = (1 << (MANTISSA_DROPPED - 1)) - 1
+    rounded = bits + half + ((bits >> MANTISSA_DROPPED) & 1)
+    return (rounded >> MANTISSA_DROPPED << MANTISSA_DROPPED).view(np.float32)
 
 
 def priority(seed: int, atom: Array, context_id: Array, pos: Array) -> Array:
@@ -42,6 +42,26 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def check_bin_width(bin_width: float, max_act: float) -> None:
+    """Raises ConfigError where the bin of the largest activation has no number."""
+    if max_act / bin_width >= 2**31 - 1:
+        raise ConfigError(
+            f"encode.bin_width: got {bin_width}, too narrow for an activation of {max_act:.4g}: bins are numbered "
+            "with 31 bits; widen it"
+        )
+
+
+class RunStatistics(Protocol):
+    """A run and its tables, computed by numpy (SortedRun) or on a device (sae.device_statistics.DeviceRun)."""
+
+    def __len__(self) -> int: ...
+    def rows(self) -> Columns: ...
+    def moments(self) -> Columns: ...
+    def histogram(self, bin_width: float) -> Columns: ...
+    def top(self, n: int) -> Columns: ...
+    def samples(self, n: int, seed: int) -> Columns: ...
 
 
 @dataclass(frozen=True)
@@ -91,13 +111,8 @@ class SortedRun:
 
     def histogram(self, bin_width: float) -> Columns:
         """One row per (atom, bin) with bin = ceil(act / bin_width), in double precision."""
-        scaled = self.act.astype(np.float64) / bin_width
-        if scaled.max(initial=0) >= 2**31 - 1:
-            raise ConfigError(
-                f"encode.bin_width: got {bin_width}, too narrow for an activation of {self.act.max():.4g}: bins "
-                "are numbered with 31 bits; widen it"
-            )
-        bins = np.ceil(scaled).astype(np.int64)
+        check_bin_width(bin_width, float(self.act.max(initial=0)))
+        bins = np.ceil(self.act.astype(np.float64) / bin_width).astype(np.int64)
         packed = np.sort((self.atom.astype(np.int64) << 32) | bins)
         starts = _starts(packed)
         return {

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from sae import device_statistics
 from sae.jobs import checkpoints, encode, runs
 from sae.jobs.lake import Lake
 from sae.schemas.errors import ConfigError, LakeError
@@ -13,6 +16,7 @@ from tests.models import tiny_gpt2
 from tests.tiny_run import CORPUS, NAME, Lab
 
 SHORT = 640
+TABLES = ("latents", "moments", "histograms", "top", "samples")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,27 @@ def test_a_worker_refuses_weights_that_are_newer_than_its_command(briefly: Lab, 
     assert checkpoints.identity(lake.snapshot(), NAME) != encoding["checkpoint"]
     with pytest.raises(LakeError, match="was trained on meanwhile; run sae encode again"):
         encode.Encoder(config, encoding, plan, 1)
+
+
+def test_runs_sorted_on_the_device_and_on_the_host_have_the_same_tables(
+    briefly: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rows may stay on the device, or all; where there is no GPU, torch sorts them on the CPU."""
+
+    def encoded(rows: int) -> dict[str, pa.Table]:
+        lab = briefly.copy(tmp_path / str(rows))
+        monkeypatch.setattr(device_statistics, "room", lambda device: rows)
+        encoder(lab)({"run": [0]})
+        lake = Lake(str(lab.lake))
+        return {table: lake.read(lake.snapshot().select(table)) for table in TABLES}
+
+    host, device = encoded(0), encoded(10**9)
+    assert host["latents"].num_rows > 1000
+    for table in TABLES:
+        for name in host[table].column_names:
+            found, expected = (side[table][name].to_numpy() for side in (device, host))
+            # Sums of positive doubles in another order; all else is the same.
+            np.testing.assert_allclose(found, expected, rtol=1e-12 if name.startswith("sum_") else 0, err_msg=name)
 
 
 @pytest.mark.parametrize("other", [{"encode__bin_width": 0.5}, {"seed": 8}])
