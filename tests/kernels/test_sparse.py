@@ -1,4 +1,4 @@
-"""decode, sampled_matmul and sparse_t_matmul against dense products."""
+"""The twins of decode, sampled_matmul, sparse_t_matmul and its COO form against dense products."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.kernels.decode import decode
 from sae.kernels.sampled import sampled_matmul
-from sae.kernels.scatter import sparse_t_matmul
+from sae.kernels.scatter import sparse_t_matmul, sparse_t_matmul_coo
 
 # float64 sums of at most 40 products of order one: the order of addition moves the 15th digit.
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
@@ -32,7 +32,7 @@ def dense(values: Tensor, indices: Tensor, n: int) -> Tensor:
     d=st.integers(1, 9),
     k=st.integers(1, 5),
 )
-def test_all_three_equal_dense_products_with_repeated_and_unused_latents(
+def test_all_equal_dense_products_with_repeated_and_unused_latents(
     seed: int, rows: int, n: int, d: int, k: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -43,6 +43,9 @@ def test_all_three_equal_dense_products_with_repeated_and_unused_latents(
     matrix = dense(values, indices, n)
     close(decode(values, indices, weight), matrix @ weight)
     close(sparse_t_matmul(values, indices, grad, n), matrix.T @ grad)
+    shuffled = torch.randperm(rows * k, generator=generator)
+    at, cols, entries = (shuffled // k, indices.flatten()[shuffled], values.flatten()[shuffled])
+    close(sparse_t_matmul_coo(at, cols, entries, grad, n), matrix.T @ grad)
     expected = (grad @ weight.T).gather(1, indices)
     close(sampled_matmul(grad, weight, indices), expected)
 

@@ -1,0 +1,84 @@
+"""Every shipped variant of every kernel compiles for sm_80 and sm_90, and fits; no GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sae.kernels.compiled import SHARED_BYTES
+
+ROOT = Path(__file__).resolve().parents[2]
+SPILLED_BYTES = 64  # of a thread: a few registers saved around a loop, not a loop that lives in memory
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict[str, Any]]:
+    # A process of its own: triton's decorators have read TRITON_INTERPRET in this one.
+    done = subprocess.run(
+        [sys.executable, "-m", "sae.kernels.compiled"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_is_in_a_list(lines: list[dict[str, Any]]) -> None:
+    unlisted = {line["module"]: line["unlisted"] for line in lines if "module" in line}
+    assert "sae.kernels.decode" in unlisted
+    forgotten = {module: names for module, names in unlisted.items() if names}
+    assert not forgotten, "add these to COMPILED of their module"
+
+
+def test_every_variant_fits_both_architectures(lines: list[dict[str, Any]]) -> None:
+    built = [line for line in lines if "kernel" in line]
+    assert {line["capability"] for line in built} == set(SHARED_BYTES)
+    for line in built:
+        assert line["shared"] <= SHARED_BYTES[line["capability"]], line
+        assert line["stack"] <= SPILLED_BYTES, line
+
+
+MODULE = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def helper(x):
+    return x + x
+
+@triton.jit
+def listed(x_ptr, n, BLOCK: tl.constexpr):
+    tl.store(x_ptr, helper(tl.load(x_ptr)))
+
+@triton.jit
+def lost(x_ptr):
+    tl.store(x_ptr, 0.0)
+"""
+CHECKS = """
+import forgotten
+from sae.kernels.compiled import Compiled, compile_for, unlisted
+
+variant = Compiled(forgotten.listed, "*fp32, i32:16", {"BLOCK": 16})
+assert unlisted(forgotten, [variant]) == {"lost"}
+assert unlisted(forgotten, []) == {"helper", "listed", "lost"}
+assert compile_for(variant, 80)["registers"] > 0
+try:
+    Compiled(forgotten.listed, "*fp32", {"BLOCK": 16}).source()
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_a_kernel_in_no_list_and_types_of_another_kernel_are_found(tmp_path: Path) -> None:
+    (tmp_path / "forgotten.py").write_text(MODULE)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", CHECKS], env=environment, check=True, capture_output=True, text=True)
+    expected = "listed takes x_ptr, n and constexprs ['BLOCK'], received types '*fp32' and constexprs ['BLOCK']"
+    assert done.stdout.strip() == expected
