@@ -6,12 +6,15 @@ only the loss is computed.
 Shapes: B rows, d features, n latents, k selected latents per row, n_dead dead latents.
 """
 
+from collections.abc import Sequence
+from itertools import cycle
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks._timing import Work
 from sae.model import Autoencoder
 from sae.optimise import normalise_rows_
 from sae.training import StepConfig
@@ -91,3 +94,10 @@ class DenseStep(TorchStep):
     def decode(self, values: Tensor, indices: Tensor, n: int) -> Tensor:
         latents = values.new_zeros(len(values), n).scatter(1, indices, values)
         return latents @ self.decoder
+
+
+def bare_product(weight: Tensor, batches: Sequence[Tensor]) -> Work:
+    """The encoder's product alone: batches [B, d] in turns by weight [n, d] to [B, n], all bfloat16."""
+    weight, turns = weight.detach().bfloat16(), cycle([batch.bfloat16() for batch in batches])
+    out = torch.empty(len(batches[0]), len(weight), dtype=weight.dtype, device=weight.device)
+    return lambda: torch.mm(next(turns), weight.T, out=out)

@@ -10,7 +10,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,24 @@ def _driver() -> str:
     query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
     answer = subprocess.run(query, capture_output=True, text=True, check=False)
     return answer.stdout.splitlines()[0] if answer.returncode == 0 and answer.stdout else "unknown"
+
+
+def milliseconds(timing: Mapping[str, Any]) -> str:
+    """A cell: the median, or why there is none."""
+    return f"{timing['median']:.2f}" if "median" in timing else str(timing.get("reason", "-"))
+
+
+def spread(timing: Mapping[str, Any]) -> str:
+    return f"{timing['p10']:.2f}-{timing['p90']:.2f}" if "median" in timing else "-"
+
+
+def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> str:
+    return f"{above['median'] / below['median']:.2f}" if "median" in above and "median" in below else "-"
+
+
+def rate(tokens: int, timing: Mapping[str, Any]) -> str:
+    """Tokens a second."""
+    return f"{tokens / timing['median'] * 1000:,.0f}" if "median" in timing else "-"
 
 
 def markdown(columns: Sequence[str], table: Sequence[Sequence[str]]) -> str:

@@ -7,18 +7,17 @@ shape with one latent that fires on every token ("hot").
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
 
 from benchmarks import _options, _profile
-from benchmarks._baselines import DenseStep, TorchStep
+from benchmarks._baselines import DenseStep, TorchStep, bare_product
 from benchmarks._problem import CASES, LR, Problem, training
-from benchmarks._report import Result, finish, machine
+from benchmarks._report import Result, finish, machine, milliseconds, rate, ratio, spread
 from benchmarks._shapes import STEP_TARGETS, Shape
 from benchmarks._timing import WARM_UP_CALLS, Work, allocated, measure, peak, release
 from sae.model import Autoencoder
@@ -81,11 +80,12 @@ def measured(problem: Problem, args: Namespace, device: torch.device) -> dict[st
         "ours": lambda: work,
         "torch": partial(baseline, "torch", TorchStep),
         "dense": partial(baseline, "dense", DenseStep),
-        "gemm": partial(gemm, problem),
+        "gemm": lambda: bare_product(problem.start().encoder.weight, problem.batches),
     }
     outcomes = measure({name: makers[name] for name in args.only}, device, args.rounds, args.budget)
     return {
-        **asdict(problem.shape),
+        "shape": str(problem.shape),
+        "tokens": problem.shape.batch,
         "case": problem.case,
         "dead": float(work()["dead"]),
         "hot": problem.hot_share(model) if problem.case == "hot" else None,
@@ -111,14 +111,6 @@ def first_loss(problem: Problem) -> float:
     return float(TrainStep(problem.start(), StepConfig()).step(problem.batches[0], LR)["loss"])
 
 
-def gemm(problem: Problem) -> Work:
-    """[B, d] x [n, d] to [B, n] in bfloat16."""
-    weight = problem.start().encoder.weight.detach().bfloat16()
-    batches = cycle([batch.bfloat16() for batch in problem.batches])
-    out = torch.empty(len(problem.sample), len(weight), dtype=torch.bfloat16, device=weight.device)
-    return lambda: torch.mm(next(batches), weight.T, out=out)
-
-
 def result(rows: list[dict[str, Any]], args: Namespace, device: torch.device) -> Result:
     normalize = ", inputs normalised" if args.normalize else ""
     return {
@@ -135,28 +127,19 @@ def result(rows: list[dict[str, Any]], args: Namespace, device: torch.device) ->
 def cells(row: dict[str, Any]) -> list[str]:
     ms = row["ms"]
     own = ms.get("ours", {})
-    median = own.get("median")
     case = row["case"] if row["hot"] is None else f"hot ({row['hot']:.0%} of tokens)"
     return [
-        f"{row['batch']},{row['d_model']},{row['n_latents']},{row['k']}",
+        row["shape"],
         case,
         f"{row['dead']:.1%}",
-        text(own),
-        f"{own['p10']:.2f}-{own['p90']:.2f}" if median else "-",
+        milliseconds(own),
+        spread(own),
         f"{row['target_ms']:g}" if row["target_ms"] else "-",
-        *(text(ms.get(name, {})) for name in ("torch", "dense", "gemm")),
+        *(milliseconds(ms.get(name, {})) for name in ("torch", "dense", "gemm")),
         *(ratio(ms.get("torch", {}), own), ratio(own, ms.get("gemm", {}))),
-        f"{row['batch'] / median * 1000:,.0f}" if median else "-",
+        rate(row["tokens"], own),
         *(f"{row[name] / 2**30:.2f}" for name in ("peak_bytes", "ours_bytes")),
     ]
-
-
-def text(timing: Mapping[str, Any]) -> str:
-    return f"{timing['median']:.2f}" if "median" in timing else str(timing.get("reason", "-"))
-
-
-def ratio(above: Mapping[str, Any], below: Mapping[str, Any]) -> str:
-    return f"{above['median'] / below['median']:.2f}" if "median" in above and "median" in below else "-"
 
 
 def notes(rows: list[dict[str, Any]]) -> str:
