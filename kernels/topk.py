@@ -1,17 +1,39 @@
 """Exact row-wise top-k with a fixed order among equal values.
 
-Shapes: B rows, n latents, k selected.
+Shapes: B rows, n columns, k selected, G groups of 32 neighbouring columns.
+
+The k largest entries of a row lie in the k groups with the largest maxima: were one of them in another group, k
+groups would each hold an entry that comes before it. So a row is searched through its maxima, and then only in
+k groups. Groups of neighbouring columns keep this true of ties, of which the smaller column comes first.
+
+NaN counts as -infinity: it is selected only where nothing else is left, and so shows in the values.
 """
 
+from typing import NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from sae.kernels.dispatch import use_triton
+
+GROUP = 32
+"""Columns that share one maximum."""
+
+
+class Selected(NamedTuple):
+    """The k largest entries of each row, by ascending column: values [B, k] float32 and columns [B, k] int32."""
+
+    values: Tensor
+    indices: Tensor
 
 
 def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest entries of each row: values [B, k], descending, and indices [B, k] int64.
 
     Of equal values the smaller index wins and comes first, so the result equals the first k columns
-    of a stable descending sort. Values are differentiable with respect to x. x must hold no NaN.
+    of a stable descending sort. NaN counts as -infinity. Values are differentiable with respect to x.
 
     Raises ValueError when x is not a matrix or k is not between 1 and n.
     """
@@ -19,11 +41,19 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"topk expects x of shape [B, n], received {tuple(x.shape)}")
     if not 1 <= k <= x.shape[1]:
         raise ValueError(f"topk expects 1 <= k <= n, received k={k} with n={x.shape[1]}")
-    indices = _topk_torch(x.detach(), k)
+    indices = (_topk_triton if use_triton(x) else _topk_torch)(x.detach(), k)
     return x.gather(1, indices), indices
 
 
+def _topk_triton(x: Tensor, k: int) -> Tensor:
+    x = x.contiguous()
+    values, columns = select(x, group_maxima(x), k, x.shape[1])
+    order = values.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    return columns.to(torch.int64).gather(1, order)
+
+
 def _topk_torch(x: Tensor, k: int) -> Tensor:
+    x = torch.where(x.isnan(), -torch.inf, x)
     # One candidate more than asked for shows whether the k-th value is tied with a loser.
     values, indices = torch.topk(x, min(k + 1, x.shape[1]), dim=1)
     equal = values[:, 1:] == values[:, :-1]
@@ -52,3 +82,106 @@ def _ordered(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
     ids = indices.sort(dim=1).values
     order = x[rows.unsqueeze(1), ids].sort(dim=1, descending=True, stable=True).indices
     return ids.gather(1, order)
+
+
+def group_maxima(x: Tensor) -> Tensor:
+    """Maxima of each 32 neighbouring columns of contiguous x [B, n], as [B, ceil(n / 32)] in x's type."""
+    rows, n = x.shape
+    maxima = torch.empty(rows, triton.cdiv(n, GROUP), dtype=x.dtype, device=x.device)
+    if rows:
+        groups = min(256, triton.next_power_of_2(maxima.shape[1]))
+        grid = (rows, triton.cdiv(maxima.shape[1], groups))
+        _group_maxima_kernel[grid](x, maxima, n, maxima.shape[1], GROUP, groups, num_warps=4)
+    return maxima
+
+
+def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
+    """The k largest of the first n columns of x [B, >= n], given its `group_maxima`.
+
+    x is contiguous; columns from n on must hold -infinity, or not exist.
+    """
+    rows, width = x.shape
+    n_groups = maxima.shape[1]
+    values = torch.empty(rows, k, dtype=torch.float32, device=x.device)
+    columns = torch.empty(rows, k, dtype=torch.int32, device=x.device)
+    if rows:
+        kept = min(k, n_groups)
+        # Chosen groups pass through memory, as Triton has no scatter between the threads of a program.
+        chosen = torch.empty(rows, kept, dtype=torch.int32, device=x.device)
+        _select_kernel[(rows,)](
+            x, maxima, chosen, values, columns, width, n_groups, k, kept, GROUP,
+            triton.next_power_of_2(n_groups), triton.next_power_of_2(kept), 16 if x.dtype == torch.bfloat16 else 32,
+            num_warps=4 if n_groups > 2048 or kept > 64 else 1,
+        )  # fmt: skip
+    return Selected(values, columns)
+
+
+@triton.jit
+def _group_maxima_kernel(x_ptr, max_ptr, n, n_groups, GROUP: tl.constexpr, GROUPS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    x = tl.load(x_ptr + row * n + column, mask=column < n, other=-float("inf"))
+    tl.store(max_ptr + row * n_groups + group, tl.max(x.to(tl.float32), axis=1).to(x.dtype), mask=group < n_groups)
+
+
+@triton.jit
+def _sort_key(x, valid, BITS: tl.constexpr):
+    """Integers in the order of x, of BITS bits; entries that are not valid come last, as -1."""
+    x = x.to(tl.float32)
+    x = tl.where(x == x, x, -float("inf"))
+    x = tl.where(x == 0, 0.0, x)  # the two zeros are equal
+    bits = x.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    if BITS == 16:  # all that bfloat16 has
+        return tl.where(valid, (key >> 16) + 0x8000, -1)
+    else:
+        return tl.where(valid, key.to(tl.int64) + 0x80000000, -1)
+
+
+@triton.jit
+def _places(key, k, BITS: tl.constexpr):
+    """Which of the keys are the k largest, smaller positions first among equals, and the place of each among them."""
+    # The k-th largest key, bit by bit: the largest one that at least k keys reach.
+    kth = tl.zeros([], key.dtype)
+    one = tl.full([], 1, key.dtype)
+    for i in tl.static_range(BITS):
+        candidate = kth + (one << (BITS - 1 - i))
+        reached = tl.sum((key >= candidate).to(tl.int32), axis=0)
+        kth = tl.where(reached >= k, candidate, kth)
+    above = (key > kth).to(tl.int32)
+    equal = (key == kth).to(tl.int32)
+    room = k - tl.sum(above, axis=0)
+    # One scan for both counts.
+    if key.shape[0] < 65536:
+        counted = tl.cumsum(above * 65536 + equal, axis=0)
+        n_above = counted >> 16
+        n_equal = counted & 0xFFFF
+    else:
+        n_above = tl.cumsum(above, axis=0)
+        n_equal = tl.cumsum(equal, axis=0)
+    chosen = (above == 1) | ((equal == 1) & (n_equal <= room))
+    return chosen, n_above + tl.minimum(n_equal, room) - 1
+
+
+@triton.jit
+def _select_kernel(
+    x_ptr, max_ptr, chosen_ptr, values_ptr, columns_ptr, width, n_groups, k, kept,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, GROUPS)
+    maxima = tl.load(max_ptr + row * n_groups + group, mask=group < n_groups, other=-float("inf"))
+    chosen, place = _places(_sort_key(maxima, group < n_groups, BITS), kept, BITS)
+    tl.store(chosen_ptr + row * kept + place, group, mask=chosen)
+    tl.debug_barrier()
+    slot = tl.arange(0, KEPT)
+    groups = tl.load(chosen_ptr + row * kept + slot, mask=slot < kept, other=0)
+    column = groups[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    valid = (slot < kept)[:, None] & (column < width)
+    x = tl.load(x_ptr + row * width + column, mask=valid, other=-float("inf"))
+    x = tl.reshape(x, [KEPT * GROUP])
+    column = tl.reshape(column, [KEPT * GROUP])
+    chosen, place = _places(_sort_key(x, tl.reshape(valid, [KEPT * GROUP]), BITS), k, BITS)
+    tl.store(values_ptr + row * k + place, x.to(tl.float32), mask=chosen)
+    tl.store(columns_ptr + row * k + place, column, mask=chosen)

@@ -1,0 +1,161 @@
+"""Encoder product and exact top-k in one: pre-activations are written once, and read again only where they matter.
+
+Shapes: B rows, d features, n latents, k selected, G groups of 32 neighbouring latents.
+
+The product's epilogue writes the maximum of each group beside the pre-activations; `topk.select` finds the k best
+groups from the maxima and looks into those only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sae.kernels.dispatch import use_triton
+from sae.kernels.topk import GROUP, Selected, select, topk
+
+SCRATCH_BYTES = 2**31
+"""Pre-activations are held for so many rows at a time as fit in here."""
+
+
+def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
+    """Return the k largest pre-activations x @ weight.T + bias of each row, by ascending latent.
+
+    x [B, d] and weight [n, d] of one type, bias [n]. Pre-activations are summed in float32 and rounded to that
+    type before they are compared; of equal ones the smaller latent wins, and NaN counts as -infinity. Values are
+    float32 (float64 for float64 input). Not differentiable: see `sae.model.Autoencoder.attach`.
+
+    Raises ValueError when shapes or types disagree, or k is not between 1 and n.
+    """
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"encode_topk expects x [B, d] and weight [n, d] of one type, received "
+            f"{tuple(x.shape)} {x.dtype} and {tuple(weight.shape)} {weight.dtype}"
+        )
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"encode_topk expects bias [{weight.shape[0]}], received {tuple(bias.shape)}")
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"encode_topk expects 1 <= k <= n, received k={k} with n={weight.shape[0]}")
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    if use_triton(x, weight, bias):
+        return _encode_topk_triton(x.contiguous(), weight.contiguous(), bias.float().contiguous(), k)
+    return _encode_topk_torch(x, weight, bias, k)
+
+
+def _encode_topk_torch(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
+    values, indices = topk(torch.nn.functional.linear(x, weight, bias.to(x.dtype)), k)
+    indices, order = indices.sort(dim=1)
+    values = values.gather(1, order)
+    return Selected(values if values.dtype == torch.float64 else values.float(), indices.to(torch.int32))
+
+
+def _encode_topk_triton(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
+    n = weight.shape[0]
+    width = triton.cdiv(n, 128) * 128
+    rows = max(1, SCRATCH_BYTES // (width * x.element_size()) // 128 * 128)
+    parts = [select(*pre_activations(part, weight, bias), k, n) for part in x.split(rows)]
+    if len(parts) == 1:
+        return parts[0]
+    return Selected(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations [B, n'] in x's type and their group maxima [B, n' / 32]; n' is n rounded up to 128s.
+
+    All are contiguous. Columns from n on hold -infinity.
+    """
+    (rows, d), n = x.shape, weight.shape[0]
+    width = triton.cdiv(n, 128) * 128
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    maxima = torch.empty(rows, width // GROUP, dtype=x.dtype, device=x.device)
+    if not rows:
+        return out, maxima
+    bm, bn, bk = 128, 128, 64 if x.dtype != torch.float32 else 32
+    grid = (triton.cdiv(rows, bm) * triton.cdiv(width, bn),)
+    _pre_activations_kernel[grid](
+        x, weight, bias, out, maxima, rows, n, width, d, BM=bm, BN=bn, BK=bk, GROUP=GROUP, BAND=8,
+        num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return out, maxima
+
+
+@triton.jit
+def _tile(number, rows, width, BM: tl.constexpr, BN: tl.constexpr, BAND: tl.constexpr):
+    """Row and column of a tile: bands of BAND rows of tiles are walked column by column, so that both fit in L2."""
+    n_down = tl.cdiv(rows, BM)
+    n_across = tl.cdiv(width, BN)
+    per_band = BAND * n_across
+    band = number // per_band
+    first = band * BAND
+    height = tl.minimum(n_down - first, BAND)
+    return first + (number % per_band) % height, (number % per_band) // height
+
+
+@triton.jit
+def _finish(acc, bias_ptr, column, n, GROUP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, dtype: tl.constexpr):
+    """Pre-activations of a tile in the stored type, and the maxima of its groups."""
+    bias = tl.load(bias_ptr + column, mask=column < n, other=-float("inf"))
+    pre = acc + bias[None, :]
+    # Rounding keeps the order, so the rounded maximum is the maximum of the rounded.
+    maxima = tl.max(tl.reshape(pre, [BM, BN // GROUP, GROUP]), axis=2)
+    return pre.to(dtype), maxima.to(dtype)
+
+
+@triton.jit
+def _pre_activations_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, max_ptr, rows, n, width, d,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    down, across = _tile(tl.program_id(0), rows, width, BM, BN, BAND)
+    row = (down * BM + tl.arange(0, BM)).to(tl.int64)
+    column = across * BN + tl.arange(0, BN)
+    feature = tl.arange(0, BK)
+    x_ptrs = x_ptr + row[:, None] * d + feature[None, :]
+    weight_ptrs = weight_ptr + column.to(tl.int64)[None, :] * d + feature[:, None]
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, d, BK):
+        x = tl.load(x_ptrs + start, mask=(row[:, None] < rows) & (start + feature[None, :] < d), other=0.0)
+        weight = tl.load(weight_ptrs + start, mask=(column[None, :] < n) & (start + feature[:, None] < d), other=0.0)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+    pre, maxima = _finish(acc, bias_ptr, column, n, GROUP, BM, BN, out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row[:, None] * width + column[None, :], pre, mask=row[:, None] < rows)
+    group = across * (BN // GROUP) + tl.arange(0, BN // GROUP)
+    tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=row[:, None] < rows)
+
+
+@triton.jit
+def _pre_activations_persistent_kernel(
+    x_desc, weight_desc, bias_ptr, out_desc, max_ptr, rows, n, width, d,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr,
+    PROGRAMS: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """The same, by tensor descriptors, each program taking tile after tile."""
+    n_tiles = tl.cdiv(rows, BM) * tl.cdiv(width, BN)
+    for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=FLATTEN):
+        down, across = _tile(number, rows, width, BM, BN, BAND)
+        acc = tl.zeros([BM, BN], tl.float32)
+        for start in range(0, d, BK):
+            x = x_desc.load([down * BM, start])
+            weight = weight_desc.load([across * BN, start])
+            acc = tl.dot(x, weight.T, acc)
+        row = (down * BM + tl.arange(0, BM)).to(tl.int64)
+        if PARTS == 1:
+            column = across * BN + tl.arange(0, BN)
+            pre, maxima = _finish(acc, bias_ptr, column, n, GROUP, BM, BN, out_desc.dtype)
+            out_desc.store([down * BM, across * BN], pre)
+            group = across * (BN // GROUP) + tl.arange(0, BN // GROUP)
+            tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=row[:, None] < rows)
+        else:
+            # In two parts, the first one's store runs beside the second one's arithmetic and needs half the room.
+            halves = tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1])
+            left, right = tl.split(halves)
+            for part in tl.static_range(2):
+                first = across * BN + part * (BN // 2)
+                column = first + tl.arange(0, BN // 2)
+                pre, maxima = _finish(
+                    left if part == 0 else right, bias_ptr, column, n, GROUP, BM, BN // 2, out_desc.dtype
+                )
+                out_desc.store([down * BM, first], pre)
+                group = first // GROUP + tl.arange(0, BN // 2 // GROUP)
+                tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=row[:, None] < rows)

@@ -1,0 +1,109 @@
+"""Sparse decoding, its error, and the gradient of the squared error, in one pass over the selected rows.
+
+Shapes: B rows, k latents per row, n latents in all, d features.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae.kernels.dispatch import use_triton
+from sae.kernels.sampled import sampled_matmul
+
+MAX_FEATURES = 16384
+"""A row has to fit in the registers of one program."""
+
+
+class Reconstruction(NamedTuple):
+    """error: [B, d] reconstruction minus target, in the dictionary's type
+    value_grads: [B, k] error[b] . weight[indices[b, j]], zero where the value is zero; float32 or float64
+    squared_error: [B] sum over features of the squared error, in value_grads' type
+    """
+
+    error: Tensor
+    value_grads: Tensor
+    squared_error: Tensor
+
+
+def reconstruct(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Reconstruction:
+    """Compare sum_j values[b, j] * weight[indices[b, j]] + bias with target.
+
+    values [B, k] >= 0 (latents after the post-activation), indices [B, k] integer, weight [n, d], bias [d],
+    target [B, d]. The gradients are those of half the squared error; a latent of value zero gets none, as behind
+    a ReLU. Not differentiable: these are the gradients.
+
+    Raises ValueError when the shapes disagree.
+    """
+    rows, d = target.shape
+    if values.shape != indices.shape or len(values) != rows or weight.shape[1] != d or bias.shape != (d,):
+        raise ValueError(
+            f"reconstruct expects values and indices [B, k], weight [n, d], bias [d] and target [B, d], received "
+            f"{[tuple(t.shape) for t in (values, indices, weight, bias, target)]}"
+        )
+    if use_triton(values, weight, target) and d <= MAX_FEATURES:
+        return _reconstruct_triton(values, indices, weight, bias, target)
+    return _reconstruct_torch(values, indices, weight, bias, target)
+
+
+def _reconstruct_torch(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor
+) -> Reconstruction:
+    recons = F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+    error = recons + bias.to(weight.dtype) - target.to(weight.dtype)
+    grads = sampled_matmul(error, weight, indices) * (values > 0)
+    wide = values.dtype
+    return Reconstruction(error, grads.to(wide), error.to(wide).square().sum(dim=1))
+
+
+def _reconstruct_triton(
+    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor
+) -> Reconstruction:
+    (rows, k), d = values.shape, weight.shape[1]
+    error = torch.empty(rows, d, dtype=weight.dtype, device=weight.device)
+    grads = torch.empty(rows, k, dtype=torch.float32, device=weight.device)
+    squared = torch.empty(rows, dtype=torch.float32, device=weight.device)
+    if rows:
+        block = triton.next_power_of_2(d)
+        tile = max(1, min(triton.next_power_of_2(k), 8192 // block))
+        _reconstruct_kernel[(rows,)](
+            values.contiguous(), indices.contiguous(), weight, bias.contiguous(), target.contiguous(),
+            error, grads, squared, d, k, tile, block, num_warps=max(1, min(16, block // 256)),
+        )  # fmt: skip
+    return Reconstruction(error, grads, squared)
+
+
+@triton.jit
+def _reconstruct_kernel(
+    values_ptr, indices_ptr, weight_ptr, bias_ptr, target_ptr, error_ptr, grads_ptr, squared_ptr, d, k,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < d
+    slot = tl.arange(0, TILE)
+    target = tl.load(target_ptr + row * d + feature, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + feature, mask=inside, other=0.0).to(tl.float32)
+    recons = bias
+    for first in range(0, k, TILE):
+        given = first + slot < k
+        value = tl.load(values_ptr + row * k + first + slot, mask=given, other=0.0).to(tl.float32)
+        latent = tl.load(indices_ptr + row * k + first + slot, mask=given, other=0).to(tl.int64)
+        wanted = given[:, None] & inside[None, :]
+        rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+        recons += tl.sum(value[:, None] * rows, axis=0)
+    error = tl.where(inside, recons - target, 0.0)
+    tl.store(error_ptr + row * d + feature, error.to(error_ptr.dtype.element_ty), mask=inside)
+    tl.store(squared_ptr + row, tl.sum(error * error, axis=0))
+    # The same rows again, now from the nearest cache.
+    for first in range(0, k, TILE):
+        given = first + slot < k
+        value = tl.load(values_ptr + row * k + first + slot, mask=given, other=0.0).to(tl.float32)
+        latent = tl.load(indices_ptr + row * k + first + slot, mask=given, other=0).to(tl.int64)
+        wanted = given[:, None] & inside[None, :]
+        rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+        grad = tl.sum(error[None, :] * rows, axis=1)
+        tl.store(grads_ptr + row * k + first + slot, tl.where(value > 0, grad, 0.0), mask=given)

@@ -1,0 +1,447 @@
+"""From the selected latents of a batch to new weights: gradients, projection, Adam, unit norm, average, shadow.
+
+Shapes: B rows, k latents per row, n latents, d features, m dead latents.
+
+A latent's gradient is a sum over its entries in the batch, in the order of `latent_index`. One program sums it in
+float32, and goes on to the optimiser while it is in registers. Latents that fire often are summed beforehand in
+aligned chunks of the index, each of which belongs to one latent, so that no program walks a long list alone; no
+sum is atomic, so equal input gives equal bits.
+
+Source: Kingma and Ba 2015, "Adam", algorithm 1; Gao et al. 2024, section 2.1 and appendix A (unit-norm decoder).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sae.kernels.dispatch import use_triton
+from sae.kernels.order import LatentIndex
+from sae.kernels.scatter import sparse_t_matmul
+
+MAX_FEATURES = 16384
+"""A row has to fit in the registers of one program."""
+
+CHUNK = 64
+"""Entries summed beforehand where a whole aligned chunk is of one latent."""
+
+BETAS = (0.9, 0.999)
+EPS = 6.25e-10
+
+
+class Parameter(NamedTuple):
+    """A weight [n, d] or bias [n] with Adam's moments, its moving average, and its copy in the type of products."""
+
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    average: Tensor | None = None
+    shadow: Tensor | None = None
+
+
+class Latents(NamedTuple):
+    """The parameters that have a row for each latent."""
+
+    encoder: Parameter
+    bias: Parameter
+    decoder: Parameter
+
+
+class DeadGradients(NamedTuple):
+    """Gradients of the dead latents from AuxK: place [n] int32 in the others, or -1; encoder, decoder [m, d], bias [m]."""
+
+    place: Tensor
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+
+
+class SparseGradient(NamedTuple):
+    """What the gradients of encoder, bias and decoder are made of.
+
+    index: order of the entries; values [B, k]: latents; grads [B, k]: gradients of the pre-activations
+    error [B, d]: the gradient of the reconstructions is scale times this; centred [B, d]: the encoder's input
+    dead: further gradients, or None
+    """
+
+    index: LatentIndex
+    values: Tensor
+    grads: Tensor
+    error: Tensor
+    centred: Tensor
+    scale: float
+    dead: DeadGradients | None = None
+
+
+class Gradients(NamedTuple):
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+
+
+class Hyper(NamedTuple):
+    """Of one step: scalars [3] on the device (learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t), clip factor), and
+    by how much the average moves towards the weights."""
+
+    scalars: Tensor
+    blend: float = 0.0
+
+
+def gradients(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
+    """Dense gradients, the decoder's projected, and the sum of their squares for each latent [n]."""
+    if _on_gpu(latents):
+        return _gradients_triton(latents, of)
+    return _gradients_torch(latents, of)
+
+
+def apply_gradients(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
+    """Adam on all three, unit norm for the decoder's rows, averages and shadows; in place."""
+    if _on_gpu(latents):
+        _launch(latents, None, grads, hyper, apply=True)
+    else:
+        _apply_torch(latents, grads, hyper)
+
+
+def update(latents: Latents, of: SparseGradient, hyper: Hyper) -> Tensor:
+    """`gradients` and `apply_gradients` in one pass that never writes the gradients; returns their squares [n].
+
+    The clip factor must be 1, as the norm is not known beforehand.
+    """
+    if _on_gpu(latents):
+        return _launch(latents, of, None, hyper, apply=True)
+    grads, squares = _gradients_torch(latents, of)
+    _apply_torch(latents, grads, hyper)
+    return squares
+
+
+def bias_gradient(of: SparseGradient) -> Tensor:
+    """Gradient of the encoder's bias [n] from the selected latents alone."""
+    n = len(of.index.starts) - 1
+    if use_triton(of.grads):
+        return _partials(of).bias
+    return sparse_t_matmul(of.grads, _indices(of), of.grads.new_ones(len(of.grads), 1), n).squeeze(1)
+
+
+def project_(gradient: Tensor, rows: Tensor) -> None:
+    """Remove from gradient [n, d] what would only change the length of unit rows [n, d]; in place."""
+    gradient.addcmul_(rows, (rows * gradient).sum(dim=1, keepdim=True), value=-1)
+
+
+@torch.no_grad()
+def adam_(parameter: Parameter, gradient: Tensor, hyper: Hyper) -> None:
+    """One step of Adam on one parameter of any shape, in plain torch, average included; in place."""
+    step_size, inverse_root, factor = hyper.scalars.unbind()
+    gradient = gradient * factor
+    parameter.exp_avg.lerp_(gradient, 1 - BETAS[0])
+    parameter.exp_avg_sq.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+    denominator = parameter.exp_avg_sq.sqrt().mul_(inverse_root).add_(EPS)
+    parameter.weight.sub_(parameter.exp_avg / denominator * step_size)
+
+
+@torch.no_grad()
+def follow_(parameter: Parameter, hyper: Hyper) -> None:
+    """Move the average towards the weight and copy the weight to its shadow."""
+    if parameter.average is not None:
+        parameter.average.lerp_(parameter.weight, hyper.blend)
+    if parameter.shadow is not None:
+        parameter.shadow.copy_(parameter.weight)
+
+
+@torch.no_grad()
+def normalise_rows_(rows: Tensor) -> None:
+    """Scale each row of [n, d] to unit norm in place; a zero row stays zero."""
+    rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny))
+
+
+def _on_gpu(latents: Latents) -> bool:
+    return use_triton(latents.encoder.weight) and latents.encoder.weight.shape[1] <= MAX_FEATURES
+
+
+def _indices(of: SparseGradient) -> Tensor:
+    flat = torch.empty_like(of.index.entries)
+    flat[of.index.entries] = of.index.latents.to(torch.int64)
+    return flat.view_as(of.values)
+
+
+def _gradients_torch(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
+    n, indices = len(latents.bias.weight), _indices(of)
+    decoder = sparse_t_matmul(of.values, indices, of.error, n).mul_(of.scale)
+    encoder = sparse_t_matmul(of.grads, indices, of.centred, n)
+    bias = bias_gradient(of)
+    if of.dead is not None:
+        known = of.dead.place >= 0
+        for total, extra in ((decoder, of.dead.decoder), (encoder, of.dead.encoder), (bias, of.dead.bias)):
+            total[known] += extra[of.dead.place[known].long()]
+    project_(decoder, latents.decoder.weight)
+    squares = encoder.square().sum(dim=1) + decoder.square().sum(dim=1) + bias.square()
+    return Gradients(encoder, bias, decoder), squares
+
+
+def _apply_torch(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
+    for parameter, gradient in zip(latents, grads, strict=True):
+        adam_(parameter, gradient, hyper)
+    normalise_rows_(latents.decoder.weight)
+    for parameter in latents:
+        follow_(parameter, hyper)
+
+
+class _Partials(NamedTuple):
+    """Sums over whole chunks [c, d] of the encoder's and decoder's gradients, and the bias's gradient [n]."""
+
+    encoder: Tensor
+    decoder: Tensor
+    bias: Tensor
+
+
+def _partials(of: SparseGradient) -> _Partials:
+    (rows, k), d = of.values.shape, of.error.shape[1]
+    n, n_chunks = len(of.index.starts) - 1, rows * k // CHUNK
+    device = of.error.device
+    encoder = torch.empty(n_chunks, d, device=device)
+    decoder = torch.empty(n_chunks, d, device=device)
+    chunk_bias = torch.empty(n_chunks, device=device)
+    bias = torch.empty(n, device=device)
+    block, tile, warps = _shape(d)
+    if n_chunks:
+        _chunks_kernel[(n_chunks,)](
+            of.index.latents, of.index.entries, of.values, of.grads, of.error, of.centred,
+            encoder, decoder, chunk_bias, d, k, CHUNK, tile, block, num_warps=warps,
+        )  # fmt: skip
+    _bias_kernel[(n,)](of.index.starts, of.index.entries, of.grads, chunk_bias, bias, CHUNK, 128, num_warps=1)
+    return _Partials(encoder, decoder, bias)
+
+
+def _gradients_triton(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
+    rows, bias = latents.encoder.weight, latents.bias.weight
+    grads = Gradients(torch.empty_like(rows), torch.empty_like(bias), torch.empty_like(rows))
+    hyper = Hyper(torch.empty(3, device=rows.device))
+    return grads, _launch(latents, of, grads, hyper, apply=False)
+
+
+def _launch(
+    latents: Latents,
+    of: SparseGradient | None,
+    grads: Gradients | None,
+    hyper: Hyper,
+    *,
+    apply: bool,
+    partials: _Partials | None = None,
+) -> Tensor:
+    encoder, bias, decoder = latents
+    n, d = encoder.weight.shape
+    squares = torch.empty(n, device=bias.weight.device)
+    unused = squares  # a pointer for what a variant does not touch
+    if of is not None:
+        partials = _partials(of)
+        index, dead = of.index, of.dead
+        gather = (
+            index.starts, index.entries, of.values, of.grads, of.error, of.centred,
+            partials.encoder, partials.decoder, partials.bias, of.values.shape[1], of.scale,
+        )  # fmt: skip
+        extra = (dead.place, dead.encoder, dead.decoder, dead.bias) if dead is not None else (unused,) * 4
+    else:
+        gather, dead, extra = (*(unused,) * 9, 1, 1.0), None, (unused,) * 4
+    given = (grads.encoder, grads.decoder, grads.bias) if grads is not None else (unused,) * 3
+    averages = [p.average if p.average is not None else unused for p in (encoder, decoder, bias)]
+    shadows = [p.shadow if p.shadow is not None else unused for p in (encoder, decoder)]
+    block, tile, warps = _shape(d)
+    _update_kernel[(n,)](
+        *gather, *extra, *given, squares, hyper.scalars,
+        encoder.weight, encoder.exp_avg, encoder.exp_avg_sq, averages[0], shadows[0],
+        decoder.weight, decoder.exp_avg, decoder.exp_avg_sq, averages[1], shadows[1],
+        bias.weight, bias.exp_avg, bias.exp_avg_sq, averages[2],
+        d, hyper.blend, 1 - BETAS[0], 1 - BETAS[1], EPS,
+        GATHER=of is not None, DEAD=dead is not None, APPLY=apply,
+        AVERAGE=encoder.average is not None, SHADOW=encoder.shadow is not None,
+        CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return squares
+
+
+def _shape(d: int) -> tuple[int, int, int]:
+    """Block of features, entries taken together, and warps for rows of d."""
+    block = triton.next_power_of_2(d)
+    return block, max(1, min(4, 16384 // block)), max(1, min(16, block // 256))
+
+
+@triton.jit
+def _sum_entries(
+    encoder, decoder, start, end, entries_ptr, values_ptr, grads_ptr, error_ptr, centred_ptr, d, k, feature,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Add the entries start..end to both sums [BLOCK]."""
+    slot = tl.arange(0, TILE)
+    for first in range(start, end, TILE):
+        given = first + slot < end
+        entry = tl.load(entries_ptr + first + slot, mask=given, other=0)
+        value = tl.load(values_ptr + entry, mask=given, other=0.0).to(tl.float32)
+        grad = tl.load(grads_ptr + entry, mask=given, other=0.0).to(tl.float32)
+        at = (entry // k)[:, None] * d + feature[None, :]
+        wanted = given[:, None] & (feature < d)[None, :]
+        error = tl.load(error_ptr + at, mask=wanted, other=0.0).to(tl.float32)
+        centred = tl.load(centred_ptr + at, mask=wanted, other=0.0).to(tl.float32)
+        decoder += tl.sum(value[:, None] * error, axis=0)
+        encoder += tl.sum(grad[:, None] * centred, axis=0)
+    return encoder, decoder
+
+
+@triton.jit
+def _chunks_kernel(
+    latents_ptr, entries_ptr, values_ptr, grads_ptr, error_ptr, centred_ptr,
+    encoder_ptr, decoder_ptr, bias_ptr, d, k, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum each chunk that belongs to one latent; the others are left as they are, and never read."""
+    chunk = tl.program_id(0).to(tl.int64)
+    start = chunk * CHUNK
+    if tl.load(latents_ptr + start) == tl.load(latents_ptr + start + CHUNK - 1):
+        feature = tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], tl.float32)
+        encoder, decoder = _sum_entries(
+            zero, zero, start, start + CHUNK, entries_ptr, values_ptr, grads_ptr, error_ptr, centred_ptr, d, k,
+            feature, TILE,
+        )  # fmt: skip
+        tl.store(encoder_ptr + chunk * d + feature, encoder, mask=feature < d)
+        tl.store(decoder_ptr + chunk * d + feature, decoder, mask=feature < d)
+        entry = tl.load(entries_ptr + start + tl.arange(0, CHUNK))
+        tl.store(bias_ptr + chunk, tl.sum(tl.load(grads_ptr + entry).to(tl.float32), axis=0))
+
+
+@triton.jit
+def _segment(starts_ptr, latent, CHUNK: tl.constexpr):
+    """A latent's entries start..end, of which whole chunks first..last are summed already: start..head and tail..end
+    are left."""
+    start = tl.load(starts_ptr + latent)
+    end = tl.load(starts_ptr + latent + 1)
+    first = (start + CHUNK - 1) // CHUNK
+    last = tl.maximum(end // CHUNK, first)
+    some = last > first
+    head = tl.where(some, first * CHUNK, end)
+    tail = tl.where(some, last * CHUNK, end)
+    return start, head, first, last, tail, end
+
+
+@triton.jit
+def _bias_kernel(
+    starts_ptr, entries_ptr, grads_ptr, chunk_bias_ptr, bias_ptr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    start, head, first, last, tail, end = _segment(starts_ptr, latent, CHUNK)
+    slot = tl.arange(0, BLOCK)  # at least CHUNK
+    sums = tl.zeros([BLOCK], tl.float32)
+    for at in range(start, head, BLOCK):
+        entry = tl.load(entries_ptr + at + slot, mask=at + slot < head, other=0)
+        sums += tl.load(grads_ptr + entry, mask=at + slot < head, other=0.0)
+    for at in range(first, last, BLOCK):
+        sums += tl.load(chunk_bias_ptr + at + slot, mask=at + slot < last, other=0.0)
+    for at in range(tail, end, BLOCK):
+        entry = tl.load(entries_ptr + at + slot, mask=at + slot < end, other=0)
+        sums += tl.load(grads_ptr + entry, mask=at + slot < end, other=0.0)
+    tl.store(bias_ptr + latent, tl.sum(sums, axis=0))
+
+
+@triton.jit
+def _adam(weight, gradient, exp_avg_ptr, exp_avg_sq_ptr, at, inside, scalars_ptr, one_minus_beta1, one_minus_beta2, eps):
+    """The weight after one step; the moments are written."""
+    step_size = tl.load(scalars_ptr)
+    inverse_root = tl.load(scalars_ptr + 1)
+    gradient = gradient * tl.load(scalars_ptr + 2)
+    exp_avg = tl.load(exp_avg_ptr + at, mask=inside, other=0.0)
+    exp_avg += one_minus_beta1 * (gradient - exp_avg)
+    exp_avg_sq = tl.load(exp_avg_sq_ptr + at, mask=inside, other=0.0)
+    exp_avg_sq = exp_avg_sq * (1 - one_minus_beta2) + one_minus_beta2 * gradient * gradient
+    tl.store(exp_avg_ptr + at, exp_avg, mask=inside)
+    tl.store(exp_avg_sq_ptr + at, exp_avg_sq, mask=inside)
+    return weight - step_size * exp_avg / (tl.sqrt(exp_avg_sq) * inverse_root + eps)
+
+
+@triton.jit
+def _store(weight, weight_ptr, average_ptr, shadow_ptr, at, inside, blend, AVERAGE: tl.constexpr, SHADOW: tl.constexpr):
+    tl.store(weight_ptr + at, weight, mask=inside)
+    if AVERAGE:
+        average = tl.load(average_ptr + at, mask=inside, other=0.0)
+        tl.store(average_ptr + at, average + blend * (weight - average), mask=inside)
+    if SHADOW:
+        tl.store(shadow_ptr + at, weight.to(shadow_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _update_kernel(
+    starts_ptr, entries_ptr, values_ptr, value_grads_ptr, error_ptr, centred_ptr,
+    chunk_encoder_ptr, chunk_decoder_ptr, bias_sum_ptr, k, scale,
+    place_ptr, dead_encoder_ptr, dead_decoder_ptr, dead_bias_ptr,
+    encoder_grad_ptr, decoder_grad_ptr, bias_grad_ptr, squares_ptr, scalars_ptr,
+    encoder_ptr, encoder_m_ptr, encoder_v_ptr, encoder_average_ptr, encoder_shadow_ptr,
+    decoder_ptr, decoder_m_ptr, decoder_v_ptr, decoder_average_ptr, decoder_shadow_ptr,
+    bias_ptr, bias_m_ptr, bias_v_ptr, bias_average_ptr,
+    d, blend, one_minus_beta1, one_minus_beta2, eps,
+    GATHER: tl.constexpr, DEAD: tl.constexpr, APPLY: tl.constexpr, AVERAGE: tl.constexpr, SHADOW: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    latent = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, BLOCK)
+    inside = feature < d
+    at = latent * d + feature
+    one = tl.full([], 1, tl.int1)
+    decoder_row = tl.load(decoder_ptr + at, mask=inside, other=0.0)
+    if GATHER:
+        start, head, first, last, tail, end = _segment(starts_ptr, latent, CHUNK)
+        encoder = tl.zeros([BLOCK], tl.float32)
+        decoder = tl.zeros([BLOCK], tl.float32)
+        encoder, decoder = _sum_entries(
+            encoder, decoder, start, head, entries_ptr, values_ptr, value_grads_ptr, error_ptr, centred_ptr, d, k,
+            feature, TILE,
+        )  # fmt: skip
+        slot = tl.arange(0, TILE)
+        for chunk in range(first, last, TILE):
+            wanted = (chunk + slot < last)[:, None] & inside[None, :]
+            where = (chunk + slot)[:, None] * d + feature[None, :]
+            encoder += tl.sum(tl.load(chunk_encoder_ptr + where, mask=wanted, other=0.0), axis=0)
+            decoder += tl.sum(tl.load(chunk_decoder_ptr + where, mask=wanted, other=0.0), axis=0)
+        encoder, decoder = _sum_entries(
+            encoder, decoder, tail, end, entries_ptr, values_ptr, value_grads_ptr, error_ptr, centred_ptr, d, k,
+            feature, TILE,
+        )  # fmt: skip
+        decoder *= scale
+        bias = tl.load(bias_sum_ptr + latent)
+        if DEAD:
+            place = tl.load(place_ptr + latent).to(tl.int64)
+            if place >= 0:
+                encoder += tl.load(dead_encoder_ptr + place * d + feature, mask=inside, other=0.0)
+                decoder += tl.load(dead_decoder_ptr + place * d + feature, mask=inside, other=0.0)
+                bias += tl.load(dead_bias_ptr + place)
+        decoder -= tl.sum(decoder * decoder_row, axis=0) * decoder_row
+        squares = tl.sum(encoder * encoder + decoder * decoder, axis=0) + bias * bias
+        tl.store(squares_ptr + latent, squares)
+        if not APPLY:
+            tl.store(encoder_grad_ptr + at, encoder, mask=inside)
+            tl.store(decoder_grad_ptr + at, decoder, mask=inside)
+            tl.store(bias_grad_ptr + latent, bias)
+    else:
+        encoder = tl.load(encoder_grad_ptr + at, mask=inside, other=0.0)
+        decoder = tl.load(decoder_grad_ptr + at, mask=inside, other=0.0)
+        bias = tl.load(bias_grad_ptr + latent)
+    if APPLY:
+        encoder_row = tl.load(encoder_ptr + at, mask=inside, other=0.0)
+        encoder_row = _adam(
+            encoder_row, encoder, encoder_m_ptr, encoder_v_ptr, at, inside, scalars_ptr,
+            one_minus_beta1, one_minus_beta2, eps,
+        )  # fmt: skip
+        _store(
+            encoder_row, encoder_ptr, encoder_average_ptr, encoder_shadow_ptr, at, inside, blend, AVERAGE, SHADOW
+        )
+        decoder_row = _adam(
+            decoder_row, decoder, decoder_m_ptr, decoder_v_ptr, at, inside, scalars_ptr,
+            one_minus_beta1, one_minus_beta2, eps,
+        )  # fmt: skip
+        norm = tl.sqrt(tl.sum(tl.where(inside, decoder_row * decoder_row, 0.0), axis=0))
+        decoder_row = decoder_row / tl.maximum(norm, 1.17549435e-38)
+        _store(
+            decoder_row, decoder_ptr, decoder_average_ptr, decoder_shadow_ptr, at, inside, blend, AVERAGE, SHADOW
+        )
+        weight = tl.load(bias_ptr + latent)
+        weight = _adam(
+            weight, bias, bias_m_ptr, bias_v_ptr, latent, one, scalars_ptr, one_minus_beta1, one_minus_beta2, eps
+        )
+        _store(weight, bias_ptr, bias_average_ptr, bias_ptr, latent, one, blend, AVERAGE, False)
