@@ -10,6 +10,7 @@ import json
 import platform
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,8 @@ def section(result: Result) -> str:
     """The result as a piece of a Markdown file."""
     of = result["machine"]
     versions = f"torch {of['torch']}, triton {of['triton']}, driver {of['driver']}, Python {of['python']}"
-    head = f"## `{result['command']}`\n\n{of['date']}, {of['device']}, {versions}. {result['caption']}"
-    return f"{head}\n\n{markdown(result['columns'], result['table'])}\n"
+    text = textwrap.fill(f"{of['date']}, {of['device']}, {versions}. {result['caption']}", 120, break_long_words=False)
+    return f"## `{result['command']}`\n\n{text}\n\n{markdown(result['columns'], result['table'])}\n"
 
 
 def finish(result: Result, save: str | Path | None, as_json: bool) -> None:

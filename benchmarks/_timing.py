@@ -14,6 +14,7 @@ WARM_UP_CALLS = 6
 SAMPLE_MS = 20.0
 MAX_CALLS = 20
 LIMIT_MS = 2000.0
+HEAD_START_CYCLES = 10_000_000  # about 5 ms
 
 T = TypeVar("T")
 Work = Callable[[], object]
@@ -45,12 +46,17 @@ Outcome = Timing | Skipped
 
 
 def measure(
-    makers: Mapping[str, Callable[[], Work]], device: torch.device, rounds: int, budget_s: float
+    makers: Mapping[str, Callable[[], Work]],
+    device: torch.device,
+    rounds: int,
+    budget_s: float,
+    head_start: bool = False,
 ) -> dict[str, Outcome]:
     """The time of a call of each contender. All are made first, then take turns, each round beginning with another.
 
     A sample is of as many calls in a row as fill 20 ms. A contender that has used up `budget_s` sits out the rounds
-    after its fifth; one that runs out of memory or takes more than 2 s a call is skipped.
+    after its fifth; one that runs out of memory or takes more than 2 s a call is skipped. With `head_start` the calls
+    of a sample are queued while the device still waits, so that short ones are not timed by how fast Python launches.
     """
     outcomes: dict[str, Outcome] = {}
     ready: dict[str, tuple[Work, int]] = {}
@@ -65,12 +71,12 @@ def measure(
         for name in _rotated(list(ready), turn):
             work, calls = ready[name]
             if len(samples[name]) < 5 or sum(samples[name]) * calls < budget_s * 1000:
-                samples[name].append(clock(work, device, calls))
+                samples[name].append(clock(work, device, calls, head_start))
     outcomes |= {name: Timing.of(times) for name, times in samples.items()}
     return {name: outcomes[name] for name in makers}
 
 
-def clock(work: Work, device: torch.device, calls: int = 1) -> float:
+def clock(work: Work, device: torch.device, calls: int = 1, head_start: bool = False) -> float:
     """Milliseconds a call, of that many calls in a row."""
     if device.type != "cuda":
         began = time.perf_counter()
@@ -79,6 +85,8 @@ def clock(work: Work, device: torch.device, calls: int = 1) -> float:
         return (time.perf_counter() - began) * 1000 / calls
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    if head_start:
+        torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     for _ in range(calls):
         work()
