@@ -4,7 +4,8 @@ Each epoch permutes the contexts, cuts them into chunks of about `buffer_tokens`
 chunk. Batches are consecutive slices of that stream, across chunks and epochs; a position is a number of tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sae.devices import send
 from sae.jobs.activations import Source
+from sae.jobs.prefetch import Chunk, ahead
 
 Array = npt.NDArray[Any]
 
@@ -23,7 +26,7 @@ class TokenStream:
     def __init__(self, source: Source, rows: Array, kept: Array, batch: int, buffer: int, seed: int) -> None:
         """`rows` are the contexts to train on, `kept` [len(rows)] how many tokens each gives."""
         self._source, self._batch, self._buffer, self._seed = source, batch, buffer, seed
-        self._latest: tuple[tuple[int, int], Tensor] | None = None
+        self._latest: tuple[tuple[int, int], Chunk] | None = None
         useful = kept > 0
         self._rows, self._kept = rows[useful], kept[useful]
 
@@ -31,30 +34,46 @@ class TokenStream:
     def epoch_tokens(self) -> int:
         return int(self._kept.sum())
 
-    def batches(self, position: int = 0) -> Iterator[Tensor]:
-        """Batches from a position, in tokens, on."""
-        epoch, skip = divmod(position, self.epoch_tokens)
-        waiting: list[Tensor] = []
-        n_waiting = 0
-        for chunk in self._chunks(epoch, skip):
-            waiting.append(chunk)
-            n_waiting += len(chunk)
-            if n_waiting < self._batch:
-                continue
-            pool = torch.cat(waiting) if len(waiting) > 1 else chunk
-            n_full = len(pool) // self._batch * self._batch
-            yield from pool[:n_full].split(self._batch)
-            waiting = [pool[n_full:]]
-            n_waiting = len(pool) - n_full
+    def batches(self, position: int = 0, overlap: torch.device | None = None) -> Generator[Tensor, None, None]:
+        """Batches from a position, in tokens, on.
 
-    def _chunks(self, epoch: int, skip: int) -> Iterator[Tensor]:
+        With `overlap` a thread makes the next chunk, on that device, while the present one is in use: close the
+        iterator to end it, and let nothing else read from this stream meanwhile.
+        """
+        chunks = self._chunks(*divmod(position, self.epoch_tokens))
+        if overlap is not None:
+            chunks = ahead(chunks, overlap)
+        with closing(chunks):
+            yield from self._cut(chunks)
+
+    def _cut(self, chunks: Iterator[Chunk]) -> Iterator[Tensor]:
+        waiting: list[Tensor] = []
+        missing = self._batch
+        for vectors, check in chunks:
+            check()
+            if len(vectors) < missing:
+                waiting.append(vectors)
+                missing -= len(vectors)
+                continue
+            yield torch.cat([*waiting, vectors[:missing]])
+            starts = range(missing, len(vectors) - self._batch + 1, self._batch)
+            for start in starts:
+                yield vectors[start : start + self._batch]
+            # A copy, so that the memory of the chunk becomes free.
+            waiting = [vectors[missing + len(starts) * self._batch :].clone()]
+            missing = self._batch - len(waiting[0])
+            del vectors
+
+    def _chunks(self, epoch: int, skip: int) -> Generator[Chunk, None, None]:
         while True:
             rows, ends = self._epoch(epoch)
             for number, (start, stop) in enumerate(self._cuts(ends)):
                 before = int(ends[start - 1]) if start else 0
                 n_tokens = int(ends[stop - 1]) - before
                 if skip < n_tokens:
-                    yield self._shuffled(rows[start:stop], epoch, number)[skip:]
+                    vectors, check = self._shuffled(rows[start:stop], epoch, number)
+                    yield vectors[skip:], check
+                    del vectors
                 skip = max(0, skip - n_tokens)
             epoch += 1
 
@@ -69,17 +88,17 @@ class TokenStream:
         marks = np.unique(np.append(np.minimum(marks, len(ends)), len(ends)))
         yield from zip(np.concatenate([[0], marks[:-1]]).tolist(), marks.tolist(), strict=True)
 
-    def _shuffled(self, rows: Array, epoch: int, chunk: int) -> Tensor:
+    def _shuffled(self, rows: Array, epoch: int, chunk: int) -> Chunk:
         # The first chunk is asked for twice: to start from, and to train on.
         if self._latest is None or self._latest[0] != (epoch, chunk):
             self._latest = None  # frees the memory of the chunk before
             self._latest = (epoch, chunk), self._made(rows, epoch, chunk)
         return self._latest[1]
 
-    def _made(self, rows: Array, epoch: int, chunk: int) -> Tensor:
-        vectors = self._source.vectors(rows)
+    def _made(self, rows: Array, epoch: int, chunk: int) -> Chunk:
+        vectors, check = self._source.launch(rows)
         order = np.random.default_rng([self._seed, epoch, chunk]).permutation(len(vectors))
-        return vectors[torch.from_numpy(order).to(vectors.device)]
+        return vectors[send(torch.from_numpy(order), vectors.device)], check
 
 
 def held_out(doc_id: Array, fraction: float, seed: int) -> Array:

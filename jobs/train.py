@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +32,8 @@ from sae.training import StepConfig, TrainStep
 _SAMPLE_ROWS: Final = 32_768
 _LOGGED_STEPS: Final = 10_000
 _REPORT_EVERY_S: Final = 0.5
+# Compiling takes about half a minute, in which a GPU trains on as many tokens of a small model.
+_COMPILE_FROM_TOKENS: Final = 50_000_000
 
 
 def run(config: Run) -> None:
@@ -103,6 +105,7 @@ class Trainer:
     def __init__(self, config: Run) -> None:
         self._config, self._lake = config, Lake(config.lake)
         self._device = cluster.use_device(1)
+        self._on_gpu = self._device != "cpu"
         self._stopping = False
 
     def stop(self) -> None:
@@ -127,9 +130,12 @@ class Trainer:
         config = self._config
         corpus = contexts.load(self._lake, config.corpus.name)
         subject = Subject.load(**config.subject.model_dump(), device=self._device)
+        live = config.training.source == "live"
+        if live and self._on_gpu and config.training.tokens >= _COMPILE_FROM_TOKENS:
+            subject = subject.compiled(config.training.harvest_batch, corpus.width)
         source = (
             Live(subject, corpus, config.training.harvest_batch)
-            if config.training.source == "live"
+            if live
             else Cached(self._lake, corpus, config.corpus.name, subject)
         )
         kept = corpus.kept_tokens(config.subject.masked_positions)
@@ -171,8 +177,10 @@ class Trainer:
         log_every = max(1, last_step // _LOGGED_STEPS)
         logged: list[tuple[int, dict[str, Tensor]]] = []
         reported = 0.0
-        with Logger(self._config, self._lake) as logger:
-            for step, x in enumerate(self._stream.batches(position), start=position // batch + 1):
+        # Two busy cores are better left to the subject and the autoencoder in turn.
+        overlap = torch.device(self._device) if self._on_gpu else None
+        with Logger(self._config, self._lake) as logger, closing(self._stream.batches(position, overlap)) as batches:
+            for step, x in enumerate(batches, start=position // batch + 1):
                 metrics = self._step.step(x.to(self._device).float(), self._lr(step))
                 if step % log_every == 0 or step == last_step:
                     logged.append((step, metrics))

@@ -3,11 +3,15 @@
 Shapes: B contexts, T tokens, d width at the hook, V vocabulary.
 """
 
+import dataclasses
 import difflib
 import json
+import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 
+from sae.devices import Check, no_check, send
+from sae.fixed_forward import FixedForward, Forward
 from sae.pretrained import (
     DTYPES,
     boot,
@@ -78,6 +84,7 @@ class Subject:
     bridge: Any
     point: Any  # the hook as a module of the bridge
     device: torch.device
+    forward: Forward  # token ids [B, T] on the device -> activations [B, T, d]
 
     @classmethod
     def load(
@@ -138,7 +145,28 @@ class Subject:
             bridge=bridge,
             point=point,
             device=torch.device(device),
+            forward=partial(_capture, bridge, point),
         )
+
+    def compiled(self, n_contexts: int, width: int) -> "Subject":
+        """Return this subject with its forward compiled for up to `n_contexts` contexts of `width` tokens.
+
+        Takes about half a minute on a GPU; other shapes run as before. Activations differ by rounding: fused operators
+        round less often. Where compilation fails, or gives other activations, it warns and returns the subject itself.
+        """
+        generator = torch.Generator().manual_seed(0)
+        example, other = (
+            self._padded(torch.randint(self.vocab_size, (n_contexts, width), generator=generator)) for _ in range(2)
+        )
+        try:
+            forward = FixedForward(self.forward, example)
+            if not _agree(self.forward(other).float(), forward(other).float(), self.bridge.cfg.dtype):
+                raise ValueError("it gives other activations")
+        except Exception as error:  # compilers raise what they like
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            warnings.warn(f"{self.model}: runs uncompiled, and slower ({reason[:200]})", stacklevel=2)
+            return self
+        return dataclasses.replace(self, forward=forward)
 
     def activations(self, token_ids: Tensor) -> Tensor:
         """Run the model up to the hook, and no further.
@@ -157,7 +185,7 @@ class Subject:
             SubjectError: an id outside the vocabulary, a context that is too long, or activations with NaN or
                 infinity (with the row and position of the first).
         """
-        acts = _capture(self.bridge, self.point, self._padded(token_ids))[:, : token_ids.shape[1]]
+        acts = self._started(token_ids)
         if not bool(torch.isfinite(acts).all()):
             row, position, _ = (~torch.isfinite(acts)).nonzero()[0].tolist()
             raise SubjectError(
@@ -165,6 +193,37 @@ class Subject:
                 f"position {position}; try subject.dtype float32, or check the model's weights"
             )
         return acts
+
+    def launch(self, token_ids: Tensor) -> tuple[Tensor, Check]:
+        """Start what `activations` does and return without waiting for a GPU.
+
+        Args:
+            token_ids: [B, T] int64, on the CPU: reading ids from a GPU would wait for it.
+
+        Returns:
+            What `activations` returns, perhaps still being computed on the current stream, and the check to call
+            before it is used: it waits for the activations and raises SubjectError if one is NaN or infinite.
+
+        Raises:
+            SubjectError: an id outside the vocabulary or a context that is too long; without a GPU also what the
+                check would raise.
+        """
+        if self.device.type != "cuda":
+            return self.activations(token_ids), no_check
+        acts = self._started(token_ids)
+        range_ = torch.stack(torch.aminmax(acts)).to("cpu", non_blocking=True)  # either is NaN where an activation is
+        done = torch.cuda.Event(blocking=True)
+        done.record()
+
+        def check() -> None:
+            done.synchronize()
+            if not all(map(math.isfinite, range_.tolist())):
+                raise SubjectError(
+                    f"{self.model} at {self.hook}: an activation is NaN or infinite; try subject.dtype float32, "
+                    "or check the model's weights"
+                )
+
+        return acts, check
 
     def logits_loss(self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None, lengths: Tensor) -> Tensor:
         """Return the model's next-token cross-entropy, with the hook's activations replaced.
@@ -201,6 +260,9 @@ class Subject:
         masked = torch.tensor(self.masked_positions, dtype=torch.int64, device=lengths.device)
         return (positions < lengths[:, None]) & ~torch.isin(positions, masked)
 
+    def _started(self, token_ids: Tensor) -> Tensor:
+        return self.forward(self._padded(token_ids))[:, : token_ids.shape[1]]
+
     def _padded(self, token_ids: Tensor) -> Tensor:
         width = token_ids.shape[1]
         if width > self.context_limit:
@@ -215,7 +277,7 @@ class Subject:
                 f"is 0 to {self.vocab_size - 1}; tokenize the corpus with this model's tokenizer"
             )
         padded = min(-(-width // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_limit)
-        return F.pad(token_ids.to(self.device), (0, padded - width))
+        return send(F.pad(token_ids, (0, padded - width)), self.device)
 
 
 Hook = Callable[..., Tensor | None]

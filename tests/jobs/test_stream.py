@@ -2,16 +2,20 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sae.devices import Check, no_check
 from sae.jobs.stream import TokenStream, held_out
+from sae.schemas.errors import SubjectError
 
 Array = npt.NDArray[np.int64]
 
@@ -22,9 +26,9 @@ class Numbered:
 
     kept: Array
 
-    def vectors(self, rows: Array) -> Tensor:
+    def launch(self, rows: Array) -> tuple[Tensor, Check]:
         pairs = [(row, pos) for row in rows.tolist() for pos in range(self.kept[row])]
-        return torch.tensor(pairs, dtype=torch.float32).reshape(-1, 2)
+        return torch.tensor(pairs, dtype=torch.float32).reshape(-1, 2), no_check
 
 
 @st.composite
@@ -37,6 +41,7 @@ def corpora(draw: st.DrawFn) -> tuple[Array, Array]:
     return lengths, rows if lengths[rows].sum() else np.arange(len(kept))
 
 
+CPU = torch.device("cpu")
 SIZES = st.integers(1, 40)
 SEEDS = st.integers(0, 100)
 
@@ -85,6 +90,42 @@ def test_batch_size_does_not_change_the_order(
     assert tokens(stream(corpus, batch, buffer, seed).batches(), 100) == tokens(
         stream(corpus, other, buffer, seed).batches(), 100
     )
+
+
+@given(corpora(), SIZES, SIZES, SEEDS, st.integers(0, 300))
+def test_a_stream_made_ahead_is_the_same_stream(
+    corpus: tuple[Array, Array], batch: int, buffer: int, seed: int, position: int
+) -> None:
+    made = stream(corpus, batch, buffer, seed)
+    expected = tokens(made.batches(position), 100)
+    with closing(made.batches(position, CPU)) as batches:
+        assert tokens(batches, 100) == expected
+
+
+@dataclass(frozen=True)
+class Doubtful(Numbered):
+    """Its check finds fault with the context of number `bad`."""
+
+    bad: int
+
+    def launch(self, rows: Array) -> tuple[Tensor, Check]:
+        def check() -> None:
+            if self.bad in rows:
+                raise SubjectError("NaN")
+
+        return super().launch(rows)[0], check
+
+
+@pytest.mark.parametrize("overlap", [None, torch.device("cpu")])
+def test_no_token_of_a_chunk_that_fails_its_check_is_given(overlap: torch.device | None) -> None:
+    kept = np.full(30, 8)
+    made = TokenStream(Doubtful(kept, bad=17), np.arange(30), kept, 8, 40, 0)
+    seen: list[float] = []
+    with pytest.raises(SubjectError, match="NaN"):
+        seen.extend(float(token) for batch in made.batches(0, overlap) for token in batch[:, 0])
+    assert seen
+    assert 17 not in seen
+    assert len(seen) % 40 == 0
 
 
 def test_buffer_bounds_how_far_tokens_are_shuffled_and_what_is_held() -> None:

@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -240,6 +242,74 @@ def test_nan_is_refused_with_its_place(tmp_path: Path) -> None:
     ids[1, 5] = 9
     with pytest.raises(SubjectError, match="row 1 of the batch, position 5"):
         subject.activations(ids)
+
+
+def test_without_a_gpu_a_launch_is_checked_at_once(subject: Subject) -> None:
+    ids = some_ids(3, 21)
+    acts, check = subject.launch(ids)
+    check()
+    assert torch.equal(acts, subject.activations(ids))
+    broken = dataclasses.replace(subject, forward=lambda ids: subject.forward(ids) * torch.inf)
+    with pytest.raises(SubjectError, match="NaN or infinite in row 0"):
+        broken.launch(ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_launch_on_a_gpu_is_checked_later(gpt2: Path, bad: float) -> None:
+    subject = Subject.load(str(gpt2), "resid_post_mlp.1", dtype="bfloat16", device="cuda")
+    ids = some_ids(3, 21)
+    acts, check = subject.launch(ids)
+    check()
+    assert torch.equal(acts, subject.activations(ids))
+
+    def broken(ids: Tensor) -> Tensor:
+        acts = subject.forward(ids).clone()
+        acts[2, 5, 7] = bad
+        return acts
+
+    _, check = dataclasses.replace(subject, forward=broken).launch(ids)
+    with pytest.raises(SubjectError, match="resid_post: an activation is NaN or infinite"):
+        check()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_subject_gives_the_same_activations(folder: Path) -> None:
+    subject = Subject.load(str(folder), "resid_post_mlp.1")
+    compiled = subject.compiled(4, 20)
+    for n, width in [(4, 20), (1, 20), (4, 17), (5, 20), (2, 40)]:
+        ids = some_ids(n, width, seed=width)
+        assert_close(compiled.activations(ids), subject.activations(ids))
+    # The hook lets go of a pass when it has its activations: nothing of that may be left behind.
+    assert_close(
+        compiled.logits_loss(ids, None, torch.tensor([40, 40])), subject.logits_loss(ids, None, torch.tensor([40, 40]))
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_forward_that_depends_on_what_it_reads_runs_uncompiled(subject: Subject) -> None:
+    def fickle(ids: Tensor) -> Tensor:
+        return ids[..., None].float() + int(ids.sum())
+
+    changed = dataclasses.replace(subject, forward=fickle)
+    with pytest.warns(UserWarning, match="runs uncompiled, and slower .it gives other activations"):
+        assert changed.compiled(2, 16) is changed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_subject_compiled_for_a_gpu(folder: Path, dtype: str) -> None:
+    subject = Subject.load(str(folder), "resid_post_mlp.1", dtype=dtype, device="cuda")
+    compiled = subject.compiled(64, 64)
+    assert compiled is not subject
+    ids = some_ids(64, 64)
+    found, expected = compiled.activations(ids), subject.activations(ids)
+    # Rounding alone: bfloat16 has 8 bits, and two blocks add up a few roundings.
+    error = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    assert error.max() < (0.03 if dtype == "bfloat16" else 1e-4)
+    assert torch.equal(compiled.activations(ids), found)
+    assert torch.equal(compiled.activations(ids[:7]), found[:7])
 
 
 def test_contexts_that_do_not_fit_the_model_are_refused(gpt2: Path, subject: Subject) -> None:
