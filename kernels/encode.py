@@ -5,6 +5,7 @@ Shapes: B rows, d features, n latents, k selected, G groups of 32 neighbouring l
 The product's epilogue writes the maximum of each group beside the pre-activations; `topk.select` finds the k best
 groups from the maxima and looks into those only.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
 import triton
@@ -71,6 +72,9 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
     maxima = torch.empty(rows, width // GROUP, dtype=x.dtype, device=x.device)
     if not rows:
         return out, maxima
+    if _has_tensor_copies(x, weight):
+        _persistent(x, weight, bias, out, maxima)
+        return out, maxima
     bm, bn, bk = 128, 128, 64 if x.dtype != torch.float32 else 32
     grid = (triton.cdiv(rows, bm) * triton.cdiv(width, bn),)
     _pre_activations_kernel[grid](
@@ -78,6 +82,23 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
         num_warps=8, num_stages=3,
     )  # fmt: skip
     return out, maxima
+
+
+def _has_tensor_copies(x: Tensor, weight: Tensor) -> bool:
+    """Whether tiles can be moved by the bulk tensor copies of Hopper and later, whose rows start at 16 bytes."""
+    aligned = x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return x.is_cuda and half and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
+def _persistent(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, maxima: Tensor) -> None:
+    bm, bn, bk = 128, 256, 64
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    _pre_activations_persistent_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x, [bm, bk]), TensorDescriptor.from_tensor(weight, [bn, bk]), bias,
+        TensorDescriptor.from_tensor(out, [bm, bn]), maxima, len(x), len(weight), out.shape[1], x.shape[1],
+        BM=bm, BN=bn, BK=bk, GROUP=GROUP, BAND=8, PROGRAMS=programs, num_warps=8, num_stages=3,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -128,34 +149,20 @@ def _pre_activations_kernel(
 def _pre_activations_persistent_kernel(
     x_desc, weight_desc, bias_ptr, out_desc, max_ptr, rows, n, width, d,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, BAND: tl.constexpr,
-    PROGRAMS: tl.constexpr, PARTS: tl.constexpr, FLATTEN: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """The same, by tensor descriptors, each program taking tile after tile."""
     n_tiles = tl.cdiv(rows, BM) * tl.cdiv(width, BN)
-    for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=FLATTEN):
+    # Flattened, the loads of the next tile begin before this one is finished.
+    for number in tl.range(tl.program_id(0), n_tiles, PROGRAMS, flatten=True):
         down, across = _tile(number, rows, width, BM, BN, BAND)
         acc = tl.zeros([BM, BN], tl.float32)
         for start in range(0, d, BK):
-            x = x_desc.load([down * BM, start])
-            weight = weight_desc.load([across * BN, start])
-            acc = tl.dot(x, weight.T, acc)
+            acc = tl.dot(x_desc.load([down * BM, start]), weight_desc.load([across * BN, start]).T, acc)
         row = (down * BM + tl.arange(0, BM)).to(tl.int64)
-        if PARTS == 1:
-            column = across * BN + tl.arange(0, BN)
-            pre, maxima = _finish(acc, bias_ptr, column, n, GROUP, BM, BN, out_desc.dtype)
-            out_desc.store([down * BM, across * BN], pre)
-            group = across * (BN // GROUP) + tl.arange(0, BN // GROUP)
-            tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=row[:, None] < rows)
-        else:
-            # In two parts, the first one's store runs beside the second one's arithmetic and needs half the room.
-            halves = tl.permute(tl.reshape(acc, [BM, 2, BN // 2]), [0, 2, 1])
-            left, right = tl.split(halves)
-            for part in tl.static_range(2):
-                first = across * BN + part * (BN // 2)
-                column = first + tl.arange(0, BN // 2)
-                pre, maxima = _finish(
-                    left if part == 0 else right, bias_ptr, column, n, GROUP, BM, BN // 2, out_desc.dtype
-                )
-                out_desc.store([down * BM, first], pre)
-                group = first // GROUP + tl.arange(0, BN // 2 // GROUP)
-                tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=row[:, None] < rows)
+        column = across * BN + tl.arange(0, BN)
+        pre, maxima = _finish(acc, bias_ptr, column, n, GROUP, BM, BN, out_desc.dtype)
+        out_desc.store([down * BM, across * BN], pre)
+        group = across * (BN // GROUP) + tl.arange(0, BN // GROUP)
+        wanted = (row[:, None] < rows) & (group[None, :] < width // GROUP)
+        tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=wanted)

@@ -2,6 +2,7 @@
 
 Shapes: B rows, k latents per row, n latents in all, d features.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from typing import NamedTuple
 
@@ -49,9 +50,7 @@ def reconstruct(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, t
     return _reconstruct_torch(values, indices, weight, bias, target)
 
 
-def _reconstruct_torch(
-    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor
-) -> Reconstruction:
+def _reconstruct_torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Reconstruction:
     recons = F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
     error = recons + bias.to(weight.dtype) - target.to(weight.dtype)
     grads = sampled_matmul(error, weight, indices) * (values > 0)

@@ -8,6 +8,7 @@ k groups. Groups of neighbouring columns keep this true of ties, of which the sm
 
 NaN counts as -infinity: it is selected only where nothing else is left, and so shows in the values.
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
         _select_kernel[(rows,)](
             x, maxima, chosen, values, columns, width, n_groups, k, kept, GROUP,
             triton.next_power_of_2(n_groups), triton.next_power_of_2(kept), 16 if x.dtype == torch.bfloat16 else 32,
-            num_warps=4 if n_groups > 2048 or kept > 64 else 1,
+            num_warps=8 if n_groups > 2048 or kept > 64 else 1,
         )  # fmt: skip
     return Selected(values, columns)
 

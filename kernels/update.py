@@ -9,8 +9,11 @@ sum is atomic, so equal input gives equal bits.
 
 Source: Kingma and Ba 2015, "Adam", algorithm 1; Gao et al. 2024, section 2.1 and appendix A (unit-norm decoder).
 """
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -58,11 +61,12 @@ class DeadGradients(NamedTuple):
     decoder: Tensor
 
 
-class SparseGradient(NamedTuple):
+@dataclass(frozen=True)
+class SparseGradient:
     """What the gradients of encoder, bias and decoder are made of.
 
-    index: order of the entries; values [B, k]: latents; grads [B, k]: gradients of the pre-activations
-    error [B, d]: the gradient of the reconstructions is scale times this; centred [B, d]: the encoder's input
+    index: order of the entries; values [B, k]: latents; centred [B, d]: the encoder's input
+    grads [B, k], error [B, d]: gradients of pre-activations and reconstructions are scale times these
     dead: further gradients, or None
     """
 
@@ -73,6 +77,15 @@ class SparseGradient(NamedTuple):
     centred: Tensor
     scale: float
     dead: DeadGradients | None = None
+
+    @property
+    def bias(self) -> Tensor:
+        """Gradient of the encoder's bias [n] from the selected latents alone."""
+        return self.sums.bias * self.scale
+
+    @cached_property
+    def sums(self) -> "_Sums":
+        return _sums(self) if use_triton(self.grads, self.error) else _Sums(bias=_bias_torch(self))
 
 
 class Gradients(NamedTuple):
@@ -114,14 +127,6 @@ def update(latents: Latents, of: SparseGradient, hyper: Hyper) -> Tensor:
     grads, squares = _gradients_torch(latents, of)
     _apply_torch(latents, grads, hyper)
     return squares
-
-
-def bias_gradient(of: SparseGradient) -> Tensor:
-    """Gradient of the encoder's bias [n] from the selected latents alone."""
-    n = len(of.index.starts) - 1
-    if use_triton(of.grads):
-        return _partials(of).bias
-    return sparse_t_matmul(of.grads, _indices(of), of.grads.new_ones(len(of.grads), 1), n).squeeze(1)
 
 
 def project_(gradient: Tensor, rows: Tensor) -> None:
@@ -168,8 +173,8 @@ def _indices(of: SparseGradient) -> Tensor:
 def _gradients_torch(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
     n, indices = len(latents.bias.weight), _indices(of)
     decoder = sparse_t_matmul(of.values, indices, of.error, n).mul_(of.scale)
-    encoder = sparse_t_matmul(of.grads, indices, of.centred, n)
-    bias = bias_gradient(of)
+    encoder = sparse_t_matmul(of.grads, indices, of.centred, n).mul_(of.scale)
+    bias = of.bias
     if of.dead is not None:
         known = of.dead.place >= 0
         for total, extra in ((decoder, of.dead.decoder), (encoder, of.dead.encoder), (bias, of.dead.bias)):
@@ -187,15 +192,21 @@ def _apply_torch(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
         follow_(parameter, hyper)
 
 
-class _Partials(NamedTuple):
-    """Sums over whole chunks [c, d] of the encoder's and decoder's gradients, and the bias's gradient [n]."""
+def _bias_torch(of: SparseGradient) -> Tensor:
+    # A product with ones rather than scatter_add: no atomics, so the same bits in every run.
+    ones = of.grads.new_ones(len(of.grads), 1)
+    return sparse_t_matmul(of.grads, _indices(of), ones, len(of.index.starts) - 1).squeeze(1)
 
-    encoder: Tensor
-    decoder: Tensor
+
+class _Sums(NamedTuple):
+    """Unscaled: the bias's gradient [n]; over whole chunks [c, d], the encoder's and decoder's gradients."""
+
     bias: Tensor
+    encoder: Tensor | None = None
+    decoder: Tensor | None = None
 
 
-def _partials(of: SparseGradient) -> _Partials:
+def _sums(of: SparseGradient) -> _Sums:
     (rows, k), d = of.values.shape, of.error.shape[1]
     n, n_chunks = len(of.index.starts) - 1, rows * k // CHUNK
     device = of.error.device
@@ -210,7 +221,7 @@ def _partials(of: SparseGradient) -> _Partials:
             encoder, decoder, chunk_bias, d, k, CHUNK, tile, block, num_warps=warps,
         )  # fmt: skip
     _bias_kernel[(n,)](of.index.starts, of.index.entries, of.grads, chunk_bias, bias, CHUNK, 128, num_warps=1)
-    return _Partials(encoder, decoder, bias)
+    return _Sums(bias, encoder, decoder)
 
 
 def _gradients_triton(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
@@ -227,18 +238,16 @@ def _launch(
     hyper: Hyper,
     *,
     apply: bool,
-    partials: _Partials | None = None,
 ) -> Tensor:
     encoder, bias, decoder = latents
     n, d = encoder.weight.shape
     squares = torch.empty(n, device=bias.weight.device)
     unused = squares  # a pointer for what a variant does not touch
     if of is not None:
-        partials = _partials(of)
-        index, dead = of.index, of.dead
-        gather = (
+        index, dead, sums = of.index, of.dead, of.sums
+        gather: tuple[Any, ...] = (
             index.starts, index.entries, of.values, of.grads, of.error, of.centred,
-            partials.encoder, partials.decoder, partials.bias, of.values.shape[1], of.scale,
+            sums.encoder, sums.decoder, sums.bias, of.values.shape[1], of.scale,
         )  # fmt: skip
         extra = (dead.place, dead.encoder, dead.decoder, dead.bias) if dead is not None else (unused,) * 4
     else:
@@ -342,7 +351,9 @@ def _bias_kernel(
 
 
 @triton.jit
-def _adam(weight, gradient, exp_avg_ptr, exp_avg_sq_ptr, at, inside, scalars_ptr, one_minus_beta1, one_minus_beta2, eps):
+def _adam(
+    weight, gradient, exp_avg_ptr, exp_avg_sq_ptr, at, inside, scalars_ptr, one_minus_beta1, one_minus_beta2, eps
+):
     """The weight after one step; the moments are written."""
     step_size = tl.load(scalars_ptr)
     inverse_root = tl.load(scalars_ptr + 1)
@@ -403,8 +414,9 @@ def _update_kernel(
             encoder, decoder, tail, end, entries_ptr, values_ptr, value_grads_ptr, error_ptr, centred_ptr, d, k,
             feature, TILE,
         )  # fmt: skip
+        encoder *= scale
         decoder *= scale
-        bias = tl.load(bias_sum_ptr + latent)
+        bias = tl.load(bias_sum_ptr + latent) * scale
         if DEAD:
             place = tl.load(place_ptr + latent).to(tl.int64)
             if place >= 0:
@@ -428,18 +440,14 @@ def _update_kernel(
             encoder_row, encoder, encoder_m_ptr, encoder_v_ptr, at, inside, scalars_ptr,
             one_minus_beta1, one_minus_beta2, eps,
         )  # fmt: skip
-        _store(
-            encoder_row, encoder_ptr, encoder_average_ptr, encoder_shadow_ptr, at, inside, blend, AVERAGE, SHADOW
-        )
+        _store(encoder_row, encoder_ptr, encoder_average_ptr, encoder_shadow_ptr, at, inside, blend, AVERAGE, SHADOW)
         decoder_row = _adam(
             decoder_row, decoder, decoder_m_ptr, decoder_v_ptr, at, inside, scalars_ptr,
             one_minus_beta1, one_minus_beta2, eps,
         )  # fmt: skip
         norm = tl.sqrt(tl.sum(tl.where(inside, decoder_row * decoder_row, 0.0), axis=0))
         decoder_row = decoder_row / tl.maximum(norm, 1.17549435e-38)
-        _store(
-            decoder_row, decoder_ptr, decoder_average_ptr, decoder_shadow_ptr, at, inside, blend, AVERAGE, SHADOW
-        )
+        _store(decoder_row, decoder_ptr, decoder_average_ptr, decoder_shadow_ptr, at, inside, blend, AVERAGE, SHADOW)
         weight = tl.load(bias_ptr + latent)
         weight = _adam(
             weight, bias, bias_m_ptr, bias_v_ptr, latent, one, scalars_ptr, one_minus_beta1, one_minus_beta2, eps

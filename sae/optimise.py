@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sae.devices import send
+from sae.kernels.update import BETAS, Hyper, Parameter, adam_, normalise_rows_, project_
 from sae.model import Autoencoder, check_tensors
 
-BETAS = (0.9, 0.999)
-EPS = 6.25e-10
+__all__ = ["EMA", "DeadLatents", "Optimiser", "copy_tensors_", "learning_rate", "normalise_rows_"]
 
 
 def learning_rate(
@@ -36,12 +37,6 @@ def learning_rate(
     return peak * min(warm, left / decay_tokens if decay_tokens > 0 else 1.0, 1.0)
 
 
-@torch.no_grad()
-def normalise_rows_(rows: Tensor) -> None:
-    """Scale each row of [n, d] to unit norm in place; a zero row stays zero."""
-    rows.div_(rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny))
-
-
 class Optimiser:
     """Adam on an autoencoder whose decoder rows stay unit vectors.
 
@@ -51,49 +46,60 @@ class Optimiser:
     def __init__(self, autoencoder: Autoencoder, clip: float | None = None) -> None:
         self.autoencoder = autoencoder
         self.clip = clip
+        self._steps = torch.zeros((), dtype=torch.int64)
         self._parameters = dict(autoencoder.named_parameters())
-        self._adam = torch.optim.Adam(self._parameters.values(), betas=BETAS, eps=EPS, fused=False)
-        for parameter in self._parameters.values():
-            # Made at once, so that a state saved before the first step has all its tensors.
-            self._adam.state[parameter] = {
-                "step": torch.zeros(()),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        # Made at once, so that a state saved before the first step has all its tensors.
+        self._moments = {
+            name: (torch.zeros_like(p, requires_grad=False), torch.zeros_like(p, requires_grad=False))
+            for name, p in self._parameters.items()
+        }
 
     @torch.no_grad()
     def step(self, lr: float) -> Tensor:
-        """Apply the gradients with learning rate lr and clear them.
+        """Apply the gradients that autograd left, with learning rate lr, and clear them.
 
         Returns the global gradient norm (scalar tensor) after projection and before clipping.
         """
-        self._project()
-        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-        if self.clip is not None:
-            factor = self.clip / norm.clamp(min=self.clip)
-            for gradient in gradients:
-                gradient.mul_(factor)
-        for group in self._adam.param_groups:
-            group["lr"] = lr
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
-        normalise_rows_(self.autoencoder.decoder_rows)
-        return norm
-
-    def _project(self) -> None:
-        """Remove what would only change the length of a decoder row, which is fixed to one."""
         rows, gradient = self.autoencoder.decoder_rows, self.autoencoder.decoder_rows_grad
         if gradient is not None:
-            gradient.addcmul_(rows, (rows * gradient).sum(dim=1, keepdim=True), value=-1)
+            project_(gradient, rows)
+        given = {name: p for name, p in self._parameters.items() if p.grad is not None}
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in given.values()]))
+        hyper = self.advance(lr, self.clip_factor(norm))
+        for name, parameter in given.items():
+            assert parameter.grad is not None
+            adam_(self.parameter(name), parameter.grad, hyper)
+            parameter.grad = None
+        normalise_rows_(rows)
+        return norm
+
+    def parameter(self, name: str, average: Tensor | None = None, shadow: Tensor | None = None) -> Parameter:
+        """A parameter with its moments; live references."""
+        return Parameter(self._parameters[name].detach(), *self._moments[name], average, shadow)
+
+    def clip_factor(self, norm: Tensor) -> Tensor | None:
+        """By what gradients of a global norm are to be multiplied; None where they are not clipped."""
+        return None if self.clip is None else self.clip / norm.clamp(min=self.clip)
+
+    def advance(self, lr: float, factor: Tensor | None = None, blend: float = 0.0) -> Hyper:
+        """Count one more step, and say what Adam needs to know of it; the host does not wait."""
+        self._steps += 1
+        steps, like = int(self._steps), self.autoencoder.pre_bias
+        known = [lr / (1 - BETAS[0] ** steps), (1 - BETAS[1] ** steps) ** -0.5, 1.0]
+        scalars = send(torch.tensor(known, dtype=like.dtype), like.device)
+        if factor is not None:
+            scalars = torch.cat([scalars[:2], factor.to(scalars.dtype).view(1)])
+        return Hyper(scalars, blend)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Adam's tensors by `<kind>.<parameter>`; live references, as with torch's own optimisers."""
-        return {
-            f"{kind}.{name}": tensor.detach()
-            for name, parameter in self._parameters.items()
-            for kind, tensor in self._adam.state[parameter].items()
+        """The number of steps, and both moments by parameter name; live references."""
+        kinds = ("exp_avg", "exp_avg_sq")
+        moments = {
+            f"{kind}.{name}": moment
+            for name, both in self._moments.items()
+            for kind, moment in zip(kinds, both, strict=True)
         }
+        return {"steps": self._steps, **moments}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state of the same autoencoder into this one."""
@@ -113,6 +119,14 @@ class EMA:
         """Count the present weights in; call it after the optimiser's step."""
         for name, parameter in autoencoder.named_parameters():
             self._averages[name].lerp_(parameter, 1 - self.decay)
+        self.count()
+
+    def average(self, name: str) -> Tensor:
+        """The running average of a parameter; a live reference, for whoever moves it and then calls `count`."""
+        return self._averages[name]
+
+    def count(self) -> None:
+        """Say that the averages have been moved once."""
         self._steps += 1
 
     @contextmanager

@@ -5,7 +5,6 @@ Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,29 +14,9 @@ from sae.kernels.topk import topk
 from sae.losses import autoencoder_loss, fvu, normalized_mse, topk_loss
 from sae.model import Autoencoder, TopK
 from sae.optimise import EMA, DeadLatents, Optimiser, copy_tensors_
+from sae.sparse_step import Metrics, SparseStep, StepConfig
 
-Metrics = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """What a training step does besides reconstructing.
-
-    mse_scale: factor of the TopK reconstruction loss, from `initialise`
-    auxk, auxk_coef: dead latents that reconstruct the residual, at most; weight of that loss. auxk 0: none
-    dead_after_tokens: tokens without firing after which a latent is dead
-    l1_coef: weight of the normalised L1 loss; dense activations only
-    clip: largest global gradient norm, or None
-    ema_decay: decay of the weights' moving average per step, or None
-    """
-
-    mse_scale: float = 1.0
-    auxk: int = 256
-    auxk_coef: float = 1 / 32
-    dead_after_tokens: int = 10_000_000
-    l1_coef: float = 0.0
-    clip: float | None = None
-    ema_decay: float | None = 0.999
+__all__ = ["Metrics", "StepConfig", "TrainStep"]
 
 
 class TrainStep:
@@ -53,6 +32,8 @@ class TrainStep:
         self.optimiser = Optimiser(autoencoder, config.clip)
         self.ema = EMA(autoencoder, config.ema_decay) if config.ema_decay is not None else None
         self.dead = DeadLatents(autoencoder.stats_last_nonzero)
+        fits = isinstance(autoencoder.activation, TopK) and SparseStep.fits(autoencoder)
+        self._sparse = SparseStep(autoencoder, config, self.optimiser, self.ema, self.dead) if fits else None
 
     def step(self, x: Tensor, lr: float) -> Metrics:
         """Train on raw activations x [B, d] with learning rate lr.
@@ -60,6 +41,8 @@ class TrainStep:
         Returns scalar tensors of this batch, before the update: loss, normalized_mse, fvu, l0 (active
         latents per row), dead (fraction of latents), grad_norm.
         """
+        if self._sparse is not None:
+            return self._sparse.step(x, lr)
         x, _ = self.autoencoder.preprocess(x)
         forward = self._topk if isinstance(self.autoencoder.activation, TopK) else self._dense
         loss, recons, l0 = forward(x)
@@ -129,6 +112,8 @@ class TrainStep:
         Raises AutoencoderError when it is of another autoencoder or configuration.
         """
         copy_tensors_(self._tensors(), state)
+        if self._sparse is not None:
+            self._sparse.refresh()
 
     def _tensors(self) -> dict[str, Tensor]:
         model = self.autoencoder

@@ -1,0 +1,249 @@
+"""A training step of a TopK autoencoder whose gradients are written down, not recorded: on a GPU, kernel after kernel
+in bfloat16 with float32 master weights, and nothing that the host waits for; elsewhere the kernels' plain twins.
+
+Shapes: B rows, d features, n latents, k selected latents per row, m dead latents.
+Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2 and appendix A.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.activations import ReLU, TopK
+from sae.kernels.centre import centre
+from sae.kernels.columns import column_sum, weighted_sum
+from sae.kernels.dispatch import use_triton
+from sae.kernels.encode import encode_topk
+from sae.kernels.order import latent_index
+from sae.kernels.reconstruct import reconstruct
+from sae.kernels.update import (
+    DeadGradients,
+    Latents,
+    Parameter,
+    SparseGradient,
+    adam_,
+    apply_gradients,
+    follow_,
+    gradients,
+    update,
+)
+from sae.model import NORMALIZE_EPS, Autoencoder
+from sae.optimise import EMA, DeadLatents, Optimiser
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a training step does besides reconstructing.
+
+    mse_scale: factor of the TopK reconstruction loss, from `initialise`
+    auxk, auxk_coef: dead latents that reconstruct the residual, at most; weight of that loss. auxk 0: none
+    dead_after_tokens: tokens without firing after which a latent is dead
+    l1_coef: weight of the normalised L1 loss; dense activations only
+    clip: largest global gradient norm, or None
+    ema_decay: decay of the weights' moving average per step, or None
+    """
+
+    mse_scale: float = 1.0
+    auxk: int = 256
+    auxk_coef: float = 1 / 32
+    dead_after_tokens: int = 10_000_000
+    l1_coef: float = 0.0
+    clip: float | None = None
+    ema_decay: float | None = 0.999
+
+
+class Aux(NamedTuple):
+    """What AuxK adds: its loss, and gradients of the dead latents and of the decoder's bias [d]."""
+
+    loss: Tensor
+    dead: DeadGradients
+    pre_bias: Tensor
+
+
+class SparseStep:
+    """The step of an untied TopK autoencoder; see `TrainStep`, which keeps its state."""
+
+    @staticmethod
+    def fits(autoencoder: Autoencoder) -> bool:
+        """Whether an autoencoder's gradients are those written down here."""
+        activation = autoencoder.activation
+        return isinstance(activation, TopK) and isinstance(activation.postact, ReLU) and not autoencoder.tied
+
+    def __init__(
+        self, autoencoder: Autoencoder, config: StepConfig, optimiser: Optimiser, ema: EMA | None, dead: DeadLatents
+    ) -> None:
+        assert isinstance(autoencoder.activation, TopK)
+        self._model, self._config, self._k = autoencoder, config, autoencoder.activation.k
+        self._optimiser, self._ema, self._dead = optimiser, ema, dead
+        self._bound = DeadBound(dead, config.dead_after_tokens)
+        master = autoencoder.encoder.weight
+        self._dtype = torch.bfloat16 if use_triton(master) and master.is_cuda else master.dtype
+        self._latents = Latents(
+            self._parameter("encoder.weight", shadowed=True),
+            self._parameter("latent_bias"),
+            _by_row(self._parameter("decoder.weight", shadowed=True)),
+        )
+        self._pre_bias = self._parameter("pre_bias")
+
+    def refresh(self) -> None:
+        """Say that weights or statistics were changed from outside."""
+        for parameter in (self._latents.encoder, self._latents.decoder):
+            if parameter.shadow is not None:
+                parameter.shadow.copy_(parameter.weight)
+        self._bound = DeadBound(self._dead, self._config.dead_after_tokens)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, lr: float) -> Metrics:
+        """Train on raw activations x [B, d]; metrics as of `TrainStep.step`."""
+        (rows, d), config = x.shape, self._config
+        encoder, bias, decoder = self._latents
+        eps = NORMALIZE_EPS if self._model.normalize else None
+        target, centred, power = centre(x, self._pre_bias.weight, eps, self._dtype)
+        selected = encode_topk(centred, _product(encoder), bias.weight, self._k)
+        values = selected.values.relu_()
+        found = reconstruct(values, selected.indices, _product(decoder), self._pre_bias.weight, target)
+        index = latent_index(selected.indices, self._model.n_latents)
+        self._dead.update(selected.indices, values, rows)
+        aux = self._auxk(centred, found.error, rows)
+        scale = 2 * config.mse_scale / (rows * d)
+        dead = aux.dead if aux is not None else None
+        of = SparseGradient(index, values, found.value_grads, found.error, centred, scale, dead)
+        pre_bias = column_sum(found.error) * scale - weighted_sum(of.bias, _product(encoder))
+        if aux is not None:
+            pre_bias += aux.pre_bias
+        squares = self._update(of, pre_bias, lr)
+        squared = found.squared_error.sum()
+        loss = squared * (config.mse_scale / (rows * d))
+        return {
+            "loss": loss if aux is None else loss + aux.loss,
+            "normalized_mse": (found.squared_error / power).mean(),
+            "fvu": squared / (power.sum() - column_sum(target).square().sum() / rows),
+            "l0": (values > 0).sum() / rows,
+            "dead": self._dead.mask(config.dead_after_tokens).float().mean(),
+            "grad_norm": (squares + pre_bias.square().sum()).sqrt(),
+        }
+
+    def _update(self, of: SparseGradient, pre_bias: Tensor, lr: float) -> Tensor:
+        """Move all parameters; returns the squared norm of the latents' gradients."""
+        optimiser = self._optimiser
+        blend = 1 - self._ema.decay if self._ema is not None else 0.0
+        if optimiser.clip is None:
+            hyper = optimiser.advance(lr, None, blend)
+            squares = update(self._latents, of, hyper).sum()
+        else:
+            dense, by_latent = gradients(self._latents, of)
+            squares = by_latent.sum()
+            norm = (squares + pre_bias.square().sum()).sqrt()
+            hyper = optimiser.advance(lr, optimiser.clip_factor(norm), blend)
+            apply_gradients(self._latents, dense, hyper)
+        adam_(self._pre_bias, pre_bias, hyper)
+        follow_(self._pre_bias, hyper)
+        if self._ema is not None:
+            self._ema.count()
+        return squares
+
+    def _auxk(self, centred: Tensor, error: Tensor, rows: int) -> Aux | None:
+        """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
+        config = self._config
+        room = self._bound.next(rows) if config.auxk else 0
+        if not room:
+            return None
+        (rows, d), n = centred.shape, self._model.n_latents
+        mask = self._dead.mask(config.dead_after_tokens)
+        # Every dead latent gets a place below room; what is left of it counts as n, a latent that never wins.
+        place = torch.where(mask, mask.cumsum(0) - 1, room)
+        ids = torch.full((room + 1,), n, device=mask.device)
+        ids = ids.scatter_(0, place, torch.arange(n, device=mask.device))[:room]
+        real = torch.arange(room, device=mask.device) < mask.sum()
+        ids = torch.where(real, ids, 0)
+        encoder, decoder = _product(self._latents.encoder)[ids], _product(self._latents.decoder)[ids]
+        bias = torch.where(real, self._latents.bias.weight[ids], -torch.inf)
+        selected = encode_topk(centred, encoder, bias, min(config.auxk, room))
+        dense = torch.zeros(rows, room, dtype=centred.dtype, device=centred.device)
+        dense.scatter_(1, selected.indices.long(), selected.values.relu_().to(dense.dtype))
+        loss, grad = _aux_loss(dense @ decoder, error, self._pre_bias.weight, config.auxk_coef)
+        pre_act_grads = (grad @ decoder.T).mul_(dense > 0)
+        bias_grad = column_sum(pre_act_grads)
+        dead = DeadGradients(
+            torch.where(mask, place, -1).to(torch.int32),
+            _wide_product(pre_act_grads.T, centred),
+            bias_grad,
+            _wide_product(dense.T, grad),
+        )
+        return Aux(loss, dead, column_sum(grad) - weighted_sum(bias_grad, encoder))
+
+    def _parameter(self, name: str, *, shadowed: bool = False) -> Parameter:
+        parameter = self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)
+        if shadowed and self._dtype != parameter.weight.dtype:
+            parameter = parameter._replace(shadow=parameter.weight.to(self._dtype))
+        return parameter
+
+
+class DeadBound:
+    """How many latents may be dead, without waiting for a GPU to count them.
+
+    On a GPU the count made two steps ago is read, of the latents that can be dead by now.
+    """
+
+    LAG, ROUND = 2, 256
+
+    def __init__(self, dead: DeadLatents, threshold: int) -> None:
+        self._dead, self._threshold = dead, threshold
+        self._counts: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def next(self, rows: int) -> int:
+        """A bound for this step's dead latents, whose tokens are counted already; rows are those of a batch."""
+        since = self._dead.tokens_since
+        if not since.is_cuda:
+            return int(self._dead.mask(self._threshold).sum())
+        ahead = (since > self._threshold - self.LAG * rows).sum()
+        if len(self._counts) < self.LAG:  # the first steps wait
+            bound = int(ahead)
+        else:
+            count, copied = self._counts.popleft()
+            copied.synchronize()
+            bound = int(count)
+        held = torch.empty((), dtype=torch.int64, pin_memory=True)
+        held.copy_(ahead, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._counts.append((held, event))
+        # Rounded, so that shapes are few.
+        return min(-(-bound // self.ROUND) * self.ROUND, len(since))
+
+
+def _aux_loss(recons: Tensor, error: Tensor, pre_bias: Tensor, coef: float) -> tuple[Tensor, Tensor]:
+    """AuxK's loss, and its gradient [B, d] in the type of products; see `losses.auxk_loss`.
+
+    recons [B, d] lacks the bias, and so does the target -error; error is of the main reconstruction.
+    """
+    wide = torch.promote_types(recons.dtype, torch.float32)
+    residual = -error.to(wide)
+    difference = recons.to(wide) - residual
+    power = (residual + pre_bias).square().mean(dim=1, keepdim=True)
+    inverse = torch.where(power > 0, 1 / torch.where(power > 0, power, 1), 0)
+    loss = (difference.square().mean(dim=1, keepdim=True) * inverse).mean() * coef
+    grad = difference * inverse * (2 * coef / difference.numel())
+    return loss, grad.to(recons.dtype)
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix product of two tensors of the type of products, in that of master weights."""
+    if a.is_cuda and a.dtype != torch.float64:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a @ b
+
+
+def _product(parameter: Parameter) -> Tensor:
+    """The weight in the type of products."""
+    return parameter.weight if parameter.shadow is None else parameter.shadow
+
+
+def _by_row(parameter: Parameter) -> Parameter:
+    """A parameter stored as [d, n], as [n, d]."""
+    return Parameter(*(t.T if t is not None else None for t in parameter))  # type: ignore[arg-type]

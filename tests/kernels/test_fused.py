@@ -1,0 +1,278 @@
+"""The kernels of the training step against their twins in double precision, and against themselves."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae.kernels import centre as centring
+from sae.kernels import columns, dispatch, encode, order, reconstruct, topk, update
+
+CPU = "cpu"
+DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
+SHAPES = [(5, 17, 100, 5), (1, 7, 1, 1), (3, 33, 37, 37), (2, 8, 131, 1)]
+LARGE = [(300, 768, 4099, 32), (257, 100, 1000, 512), (64, 1031, 5000, 64), (1, 4096, 8192, 64)]
+
+
+def cases() -> list[Any]:
+    """(device, dtype, B, d, n, k)."""
+    on_gpu = [(dtype, *shape) for shape in SHAPES + LARGE for dtype in (torch.float32, torch.bfloat16)]
+    return [
+        *((CPU, torch.float32, *shape) for shape in SHAPES),
+        *(pytest.param("cuda", *case, marks=pytest.mark.gpu) for case in on_gpu),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel is to write holds NaN, or numbers that are no index."""
+
+    def fill(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(2**30))
+
+    empty, like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: fill(like(*a, **k)))
+
+
+def kernels(device: str) -> Any:
+    return dispatch.interpreter() if device == CPU else nullcontext()
+
+
+def drawn(*shape: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(device, dtype)
+
+
+def assert_close(found: Tensor, exact: Tensor, eager: Tensor) -> None:
+    """The kernel's error is at most that of the same sums in torch, plus a few roundings."""
+    floor = 1e-5 if found.dtype == torch.float32 else 1e-2
+    limit = 1.5 * (eager.double() - exact).norm() + floor * exact.norm() + 1e-7
+    assert torch.isfinite(found).all()
+    assert (found.double() - exact).norm() <= limit
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=25)
+@given(
+    rows=st.integers(0, 4),
+    n=st.integers(1, 140),
+    levels=st.sampled_from([1, 2, 5, 10**6]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    special=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+    data=st.data(),
+)
+def test_topk_is_a_stable_descending_sort(
+    device: str, rows: int, n: int, levels: int, dtype: torch.dtype, special: bool, seed: int, data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    x = ((torch.randint(0, levels, (rows, n), generator=generator) - levels // 2) / 7).to(dtype)
+    if special:
+        x = x.where(torch.rand(rows, n, generator=generator) > 0.1, torch.inf)
+        x = x.where(torch.rand(rows, n, generator=generator) > 0.1, -torch.inf)
+        x = x.where(torch.rand(rows, n, generator=generator) > 0.1, -0.0)
+    expected = x.sort(dim=1, descending=True, stable=True)
+    with kernels(device):
+        values, indices = topk.topk(x.to(device), k)
+    assert torch.equal(indices.cpu(), expected.indices[:, :k])
+    assert torch.equal(values.cpu(), expected.values[:, :k])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("use", ["kernel", "twin"])
+def test_topk_takes_nan_last_and_shows_it_where_nothing_else_is_left(device: str, use: str) -> None:
+    x = torch.tensor([[1.0, float("nan"), 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]], device=device)
+    with kernels(device) if use == "kernel" else nullcontext():
+        values, indices = topk.topk(x, 3)
+        everything, _ = topk.topk(x, 4)
+    assert indices.tolist() == [[2, 3, 0], [0, 1, 2]]
+    assert everything[0].isnan().tolist() == [False, False, False, True]
+    assert torch.isfinite(everything[1]).all()
+
+
+@pytest.mark.parametrize(("device", "dtype", "rows", "d", "n", "k"), cases())
+def test_encode_selects_the_k_largest(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int) -> None:
+    x, weight = drawn(rows, d, device=device, dtype=dtype), drawn(n, d, device=device, dtype=dtype, seed=1)
+    bias = drawn(n, device=device, seed=2)
+    with kernels(device):
+        found = encode.encode_topk(x, weight, bias, k)
+    exact = x.double() @ weight.double().T + bias.double()
+    eager = torch.nn.functional.linear(x, weight, bias.to(dtype)).double()
+    assert (found.indices[:, 1:] > found.indices[:, :-1]).all()
+    assert found.indices.min() >= 0
+    assert found.indices.max() < n
+    at = found.indices.long()
+    assert_close(found.values, exact.gather(1, at), eager.gather(1, at))
+    # Whatever was left out is no larger than the least one taken, but for rounding.
+    left = exact.scatter(1, at, -torch.inf).max(dim=1).values
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 1e-5
+    slack = rounding * exact.abs().max(dim=1).values
+    assert (left <= exact.gather(1, at).min(dim=1).values + 2 * slack).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_rows_keep_exactly_k_and_the_smaller_latents(device: str) -> None:
+    x, weight = torch.ones(4, 16, device=device), torch.ones(200, 16, device=device)
+    with kernels(device):
+        found = encode.encode_topk(x, weight, torch.zeros(200, device=device), 7)
+    assert found.indices.tolist() == [list(range(7))] * 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_row_that_is_not_finite_does_not_touch_the_others(device: str) -> None:
+    x, weight = drawn(6, 16, device=device), drawn(70, 16, device=device, seed=1)
+    bias = torch.zeros(70, device=device)
+    bad = x.clone()
+    bad[2, 3], bad[4, 0] = float("nan"), float("inf")
+    with kernels(device):
+        clean, found = encode.encode_topk(x, weight, bias, 5), encode.encode_topk(bad, weight, bias, 5)
+    others = [0, 1, 3, 5]
+    assert found.values[2].isnan().all()
+    assert torch.equal(found.values[others], clean.values[others])
+    assert torch.equal(found.indices[others], clean.indices[others])
+
+
+@pytest.mark.parametrize(("device", "dtype", "rows", "d", "n", "k"), cases())
+@pytest.mark.parametrize("eps", [None, 1e-5])
+def test_centre(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int, eps: float | None) -> None:
+    x, bias = drawn(rows, d, device=device, dtype=dtype), drawn(d, device=device, seed=1)
+    exact = centring.centre(x.double(), bias.double(), eps, torch.float64)
+    eager = centring._centre_torch(x, bias, eps, dtype)
+    with kernels(device):
+        found = centring.centre(x, bias, eps, dtype)
+    for name in found._fields:
+        assert_close(getattr(found, name), getattr(exact, name), getattr(eager, name))
+
+
+@pytest.mark.parametrize(("device", "dtype", "rows", "d", "n", "k"), cases())
+def test_reconstruct(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int) -> None:
+    values = drawn(rows, k, device=device).relu()
+    indices = torch.randint(0, n, (rows, k), device=device, dtype=torch.int32)
+    weight, target = drawn(n, d, device=device, dtype=dtype), drawn(rows, d, device=device, dtype=dtype, seed=1)
+    bias = drawn(d, device=device, seed=2)
+    exact = reconstruct._reconstruct_torch(values.double(), indices, weight.double(), bias.double(), target.double())
+    eager = reconstruct._reconstruct_torch(values, indices, weight, bias, target)
+    with kernels(device):
+        found = reconstruct.reconstruct(values, indices, weight, bias, target)
+    for name in found._fields:
+        assert_close(getattr(found, name), getattr(exact, name), getattr(eager, name))
+    assert (found.value_grads[values == 0] == 0).all()
+
+
+def parameter(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int) -> update.Parameter:
+    weight, exp_avg, average = (drawn(*shape, device=device, seed=seed + i) for i in range(3))
+    shadow = weight.to(dtype) if dtype != torch.float32 else None
+    return update.Parameter(
+        weight, exp_avg * 0.1, drawn(*shape, device=device, seed=seed + 5).square(), average, shadow
+    )
+
+
+def copied(latents: update.Latents, dtype: torch.dtype) -> update.Latents:
+    return update.Latents(*(update.Parameter(*(t.to(dtype).clone() for t in p[:4] if t is not None)) for p in latents))
+
+
+def gradient_of(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int, hot: bool, dead: bool) -> Any:
+    indices = torch.rand(rows, n, device=device).argsort(dim=1)[:, :k]
+    if hot:
+        indices[:, 0] = n // 2
+    extra = None
+    if dead:
+        place = torch.full((n,), -1, dtype=torch.int32, device=device)
+        place[: n // 2 + 1] = torch.arange(n // 2 + 1, device=device, dtype=torch.int32).flip(0)
+        m = n // 2 + 1
+        extra = update.DeadGradients(
+            place, drawn(m, d, device=device), drawn(m, device=device), drawn(m, d, device=device, seed=4)
+        )
+    index = order.latent_index(indices, n)
+    values, grads = drawn(rows, k, device=device).relu(), drawn(rows, k, device=device, seed=3)
+    error, centred = drawn(rows, d, device=device, dtype=dtype), drawn(rows, d, device=device, dtype=dtype, seed=6)
+    return update.SparseGradient(index, values, grads, error, centred, 0.37, extra)
+
+
+def widened(of: update.SparseGradient) -> update.SparseGradient:
+    dead = of.dead and update.DeadGradients(of.dead.place, *(t.double() for t in of.dead[1:]))
+    return update.SparseGradient(
+        of.index, of.values.double(), of.grads.double(), of.error.double(), of.centred.double(), of.scale, dead
+    )
+
+
+UPDATES = [(CPU, torch.float32, 40, 17, 23, 3), (CPU, torch.float32, 150, 9, 5, 2), (CPU, torch.float32, 1, 5, 7, 1)]
+UPDATES_GPU = [
+    ("cuda", dtype, *shape)
+    for dtype in (torch.float32, torch.bfloat16)
+    for shape in [(40, 17, 23, 3), (3000, 768, 500, 16), (2000, 1031, 3000, 8), (500, 4096, 300, 4)]
+]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "rows", "d", "n", "k"),
+    [*UPDATES, *(pytest.param(*case, marks=pytest.mark.gpu) for case in UPDATES_GPU)],
+)
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize("dead", [False, True])
+def test_update_in_one_pass_and_in_two(
+    device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int, hot: bool, dead: bool
+) -> None:
+    rows_of = update.Latents(
+        parameter((n, d), device, dtype, 0),
+        parameter((n,), device, torch.float32, 10),
+        parameter((n, d), device, dtype, 20),
+    )
+    update.normalise_rows_(rows_of.decoder.weight)
+    of = gradient_of(device, dtype, rows, d, n, k, hot, dead)
+    scalars = torch.tensor([1e-2, 1.3, 1.0], device=device)
+    exact = copied(rows_of, torch.float64)
+    squares = update.update(exact, widened(of), update.Hyper(scalars.double(), 0.1))
+    results = []
+    for _ in range(2):
+        one = update.Latents(
+            *(p._replace(**{f: t.clone() for f, t in p._asdict().items() if t is not None}) for p in rows_of)
+        )
+        with kernels(device):
+            found = update.update(one, of, update.Hyper(scalars, 0.1))
+        results.append((one, found))
+    torch.testing.assert_close(found.double(), squares, rtol=1e-4, atol=1e-6)
+    for mine, true in zip(one, exact, strict=True):
+        for name in ("weight", "exp_avg", "exp_avg_sq", "average"):
+            torch.testing.assert_close(getattr(mine, name).double(), getattr(true, name), rtol=1e-4, atol=1e-4)
+        if mine.shadow is not None:
+            assert torch.equal(mine.shadow, mine.weight.to(dtype))
+    for first, second in zip(results[0][0], results[1][0], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+    two = update.Latents(
+        *(p._replace(**{f: t.clone() for f, t in p._asdict().items() if t is not None}) for p in rows_of)
+    )
+    with kernels(device):
+        grads, again = update.gradients(two, of)
+        update.apply_gradients(two, grads, update.Hyper(scalars, 0.1))
+    assert torch.equal(again, found)
+    for first, second in zip(one, two, strict=True):
+        torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weighted_sum(device: str) -> None:
+    x, weights = drawn(70, 33, device=device), drawn(70, device=device, seed=1)
+    with kernels(device):
+        found = columns.weighted_sum(weights, x)
+    assert_close(found, weights.double() @ x.double(), weights @ x)
+
+
+@pytest.mark.gpu
+def test_pre_activations_of_more_than_two_to_the_31_elements() -> None:
+    rows, n = 40_000, 65_536
+    x, weight = drawn(rows, 16, device="cuda", dtype=torch.bfloat16), drawn(n, 16, device="cuda", dtype=torch.bfloat16)
+    bias = torch.zeros(n, device="cuda")
+    pre, maxima = encode.pre_activations(x, weight, bias)
+    assert pre.numel() > 2**31
+    found = topk.select(pre, maxima, 8, n)
+    last = slice(rows - 100, rows)
+    expected = encode.encode_topk(x[last], weight, bias, 8)
+    assert torch.equal(found.indices[last], expected.indices)
+    assert torch.equal(found.values[last], expected.values)
