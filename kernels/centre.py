@@ -20,7 +20,8 @@ MAX_FEATURES = 16384
 
 class Centred(NamedTuple):
     """target [B, d]: rows as they are to be reconstructed; centred [B, d]: those minus the bias; power [B]: sums of
-    their squares, in float32 or float64."""
+    their squares, in float32 or float64.
+    """
 
     target: Tensor
     centred: Tensor

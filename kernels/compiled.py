@@ -11,6 +11,7 @@ that is launched must be in a list; a jit function that only other kernels call 
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,7 @@ class Compiled:
     def source(self) -> ASTSource:
         """Return what triton compiles. Raises ValueError when the types or constexprs are not the kernel's."""
         fn = jit_function(self.kernel)
-        types = [text.strip() for text in self.types.split(",")]
+        types = re.split(r",\s*(?![^\[]*\])", self.types)  # not within the shape of a tensor descriptor
         runtime = [p for p in fn.params if not p.is_constexpr]
         constant = {p.name for p in fn.params if p.is_constexpr}
         if len(types) != len(runtime) or constant != set(self.constexprs):

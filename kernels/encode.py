@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.topk import GROUP, Selected, select, topk
 
@@ -166,3 +167,26 @@ def _pre_activations_persistent_kernel(
         group = across * (BN // GROUP) + tl.arange(0, BN // GROUP)
         wanted = (row[:, None] < rows) & (group[None, :] < width // GROUP)
         tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=wanted)
+
+
+COMPILED = [
+    *(
+        Compiled(
+            _pre_activations_kernel,
+            f"*{dtype}, *{dtype}, *fp32, *{dtype}, *{dtype}, i32:16, i32:16, i32:16, i32:16",
+            {"BM": 128, "BN": 128, "BK": bk, "GROUP": GROUP, "BAND": 8},
+            num_warps=8,
+            num_stages=3,
+        )
+        for dtype, bk in (("bf16", 64), ("fp16", 64), ("fp32", 32))
+    ),
+    Compiled(
+        _pre_activations_persistent_kernel,
+        "tensordesc<bf16[128, 64]>, tensordesc<bf16[256, 64]>, *fp32, tensordesc<bf16[128, 256]>, *bf16, "
+        "i32:16, i32:16, i32:16, i32:16",
+        {"BM": 128, "BN": 256, "BK": 64, "GROUP": GROUP, "BAND": 8, "PROGRAMS": 132},
+        num_warps=8,
+        num_stages=3,
+        capabilities=(90,),
+    ),
+]

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.sampled import sampled_matmul
 
@@ -106,3 +107,15 @@ def _reconstruct_kernel(
         rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
         grad = tl.sum(error[None, :] * rows, axis=1)
         tl.store(grads_ptr + row * k + first + slot, tl.where(value > 0, grad, 0.0), mask=given)
+
+
+COMPILED = [
+    Compiled(
+        _reconstruct_kernel,
+        f"*fp32, *i32, *{dtype}, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, i32:16, i32:16",
+        {"TILE": 8192 // block, "BLOCK": block},
+        num_warps=block // 256,
+    )
+    for dtype in ("bf16", "fp32")
+    for block in (1024, 4096)
+]

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 
 GROUP = 32
@@ -112,9 +113,13 @@ def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
         _select_kernel[(rows,)](
             x, maxima, chosen, values, columns, width, n_groups, k, kept, GROUP,
             triton.next_power_of_2(n_groups), triton.next_power_of_2(kept), 16 if x.dtype == torch.bfloat16 else 32,
-            num_warps=8 if n_groups > 2048 or kept > 64 else 1,
+            num_warps=_warps(n_groups, kept),
         )  # fmt: skip
     return Selected(values, columns)
+
+
+def _warps(n_groups: int, kept: int) -> int:
+    return 8 if n_groups > 2048 or kept > 64 else 1
 
 
 @triton.jit
@@ -186,3 +191,21 @@ def _select_kernel(
     chosen, place = _places(_sort_key(x, tl.reshape(valid, [KEPT * GROUP]), BITS), k, BITS)
     tl.store(values_ptr + row * k + place, x.to(tl.float32), mask=chosen)
     tl.store(columns_ptr + row * k + place, column, mask=chosen)
+
+
+COMPILED = [
+    *(
+        Compiled(_group_maxima_kernel, f"*{dtype}, *{dtype}, i32, i32", {"GROUP": GROUP, "GROUPS": 256})
+        for dtype in ("bf16", "fp16", "fp32")
+    ),
+    *(
+        Compiled(
+            _select_kernel,
+            f"*{dtype}, *{dtype}, *i32, *fp32, *i32, i32:16, i32, i32:16, i32:16",
+            {"GROUP": GROUP, "GROUPS": groups, "KEPT": kept, "BITS": 16 if dtype == "bf16" else 32},
+            num_warps=_warps(groups, kept),
+        )
+        for dtype in ("bf16", "fp32")
+        for groups, kept in ((1024, 32), (4096, 64), (512, 256))
+    ),
+]

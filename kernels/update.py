@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.order import LatentIndex
 from sae.kernels.scatter import sparse_t_matmul
@@ -53,7 +54,7 @@ class Latents(NamedTuple):
 
 
 class DeadGradients(NamedTuple):
-    """Gradients of the dead latents from AuxK: place [n] int32 in the others, or -1; encoder, decoder [m, d], bias [m]."""
+    """Of the dead latents, from AuxK: place [n] int32 in the others, or -1; encoder and decoder [m, d], bias [m]."""
 
     place: Tensor
     encoder: Tensor
@@ -96,7 +97,8 @@ class Gradients(NamedTuple):
 
 class Hyper(NamedTuple):
     """Of one step: scalars [3] on the device (learning rate / (1 - beta1^t), 1 / sqrt(1 - beta2^t), clip factor), and
-    by how much the average moves towards the weights."""
+    by how much the average moves towards the weights.
+    """
 
     scalars: Tensor
     blend: float = 0.0
@@ -320,7 +322,8 @@ def _chunks_kernel(
 @triton.jit
 def _segment(starts_ptr, latent, CHUNK: tl.constexpr):
     """A latent's entries start..end, of which whole chunks first..last are summed already: start..head and tail..end
-    are left."""
+    are left.
+    """
     start = tl.load(starts_ptr + latent)
     end = tl.load(starts_ptr + latent + 1)
     first = (start + CHUNK - 1) // CHUNK
@@ -374,6 +377,10 @@ def _store(weight, weight_ptr, average_ptr, shadow_ptr, at, inside, blend, AVERA
         average = tl.load(average_ptr + at, mask=inside, other=0.0)
         tl.store(average_ptr + at, average + blend * (weight - average), mask=inside)
     if SHADOW:
+        # Read back: the compiler may compute a value anew for each store, in another order of summation, and a
+        # shadow that is not exactly the rounded weight would make a resumed training differ.
+        tl.debug_barrier()
+        weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
         tl.store(shadow_ptr + at, weight.to(shadow_ptr.dtype.element_ty), mask=inside)
 
 
@@ -453,3 +460,34 @@ def _update_kernel(
             weight, bias, bias_m_ptr, bias_v_ptr, latent, one, scalars_ptr, one_minus_beta1, one_minus_beta2, eps
         )
         _store(weight, bias_ptr, bias_average_ptr, bias_ptr, latent, one, blend, AVERAGE, False)
+
+
+def _compiled(dtype: str, d: int, gather: bool, apply: bool) -> Compiled:
+    block, tile, warps = _shape(d)
+    gathered = f"*i64, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32, fp32"
+    row = f"*fp32, *fp32, *fp32, *fp32, *{dtype}"
+    rest = f"*i32, {', '.join(['*fp32'] * 8)}, {row}, {row}, *fp32, *fp32, *fp32, *fp32, i32:16, fp32, fp32, fp32, fp32"
+    flags = {"GATHER": gather, "DEAD": gather, "APPLY": apply, "AVERAGE": True, "SHADOW": dtype == "bf16"}
+    return Compiled(
+        _update_kernel, f"{gathered}, {rest}", {**flags, "CHUNK": CHUNK, "TILE": tile, "BLOCK": block}, num_warps=warps
+    )
+
+
+COMPILED = [
+    *(
+        _compiled(dtype, d, gather, apply)
+        for dtype in ("bf16", "fp32")
+        for d in (768, 4096)
+        for gather, apply in ((True, True), (True, False), (False, True))
+    ),
+    *(
+        Compiled(
+            _chunks_kernel,
+            f"*{latents}, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32:16, i32",
+            {"CHUNK": CHUNK, "TILE": _shape(d)[1], "BLOCK": _shape(d)[0]},
+            num_warps=_shape(d)[2],
+        )
+        for latents, dtype, d in (("i16", "bf16", 768), ("i32", "bf16", 4096), ("i32", "fp32", 768))
+    ),
+    Compiled(_bias_kernel, "*i64, *i64, *fp32, *fp32, *fp32", {"CHUNK": CHUNK, "BLOCK": 128}, num_warps=1),
+]

@@ -65,7 +65,7 @@ class Optimiser:
             project_(gradient, rows)
         given = {name: p for name, p in self._parameters.items() if p.grad is not None}
         norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in given.values()]))
-        hyper = self.advance(lr, self.clip_factor(norm))
+        hyper = self.clipped(Hyper(self.advance(lr)), norm)
         for name, parameter in given.items():
             assert parameter.grad is not None
             adam_(self.parameter(name), parameter.grad, hyper)
@@ -77,19 +77,19 @@ class Optimiser:
         """A parameter with its moments; live references."""
         return Parameter(self._parameters[name].detach(), *self._moments[name], average, shadow)
 
-    def clip_factor(self, norm: Tensor) -> Tensor | None:
-        """By what gradients of a global norm are to be multiplied; None where they are not clipped."""
-        return None if self.clip is None else self.clip / norm.clamp(min=self.clip)
-
-    def advance(self, lr: float, factor: Tensor | None = None, blend: float = 0.0) -> Hyper:
-        """Count one more step, and say what Adam needs to know of it; the host does not wait."""
+    def advance(self, lr: float) -> Tensor:
+        """Count one more step, and say what Adam needs to know of it: `Hyper.scalars`. The host does not wait."""
         self._steps += 1
         steps, like = int(self._steps), self.autoencoder.pre_bias
         known = [lr / (1 - BETAS[0] ** steps), (1 - BETAS[1] ** steps) ** -0.5, 1.0]
-        scalars = send(torch.tensor(known, dtype=like.dtype), like.device)
-        if factor is not None:
-            scalars = torch.cat([scalars[:2], factor.to(scalars.dtype).view(1)])
-        return Hyper(scalars, blend)
+        return send(torch.tensor(known, dtype=like.dtype), like.device)
+
+    def clipped(self, hyper: Hyper, norm: Tensor) -> Hyper:
+        """The same step for gradients of a global norm, with the factor that clips them."""
+        if self.clip is None:
+            return hyper
+        factor = (self.clip / norm.clamp(min=self.clip)).to(hyper.scalars.dtype)
+        return hyper._replace(scalars=torch.cat([hyper.scalars[:2], factor.view(1)]))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The number of steps, and both moments by parameter name; live references."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae.activations import ReLU, TopK
+from sae.graphs import Replay
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
@@ -21,6 +22,7 @@ from sae.kernels.order import latent_index
 from sae.kernels.reconstruct import reconstruct
 from sae.kernels.update import (
     DeadGradients,
+    Hyper,
     Latents,
     Parameter,
     SparseGradient,
@@ -89,6 +91,8 @@ class SparseStep:
             _by_row(self._parameter("decoder.weight", shadowed=True)),
         )
         self._pre_bias = self._parameter("pre_bias")
+        self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
+        self._replay = Replay(self._train)
 
     def refresh(self) -> None:
         """Say that weights or statistics were changed from outside."""
@@ -100,6 +104,16 @@ class SparseStep:
     @torch.no_grad()
     def step(self, x: Tensor, lr: float) -> Metrics:
         """Train on raw activations x [B, d]; metrics as of `TrainStep.step`."""
+        room = self._bound.next(len(x)) if self._config.auxk else 0
+        self._scalars.copy_(self._optimiser.advance(lr))
+        metrics = self._replay(x, room)
+        self._bound.record(len(x))
+        if self._ema is not None:
+            self._ema.count()
+        return metrics
+
+    def _train(self, x: Tensor, room: int) -> Metrics:
+        """Everything that is done on the device; at most `room` latents are dead."""
         (rows, d), config = x.shape, self._config
         encoder, bias, decoder = self._latents
         eps = NORMALIZE_EPS if self._model.normalize else None
@@ -109,14 +123,14 @@ class SparseStep:
         found = reconstruct(values, selected.indices, _product(decoder), self._pre_bias.weight, target)
         index = latent_index(selected.indices, self._model.n_latents)
         self._dead.update(selected.indices, values, rows)
-        aux = self._auxk(centred, found.error, rows)
+        aux = self._auxk(centred, found.error, room) if room else None
         scale = 2 * config.mse_scale / (rows * d)
         dead = aux.dead if aux is not None else None
         of = SparseGradient(index, values, found.value_grads, found.error, centred, scale, dead)
         pre_bias = column_sum(found.error) * scale - weighted_sum(of.bias, _product(encoder))
         if aux is not None:
             pre_bias += aux.pre_bias
-        squares = self._update(of, pre_bias, lr)
+        squares = self._update(of, pre_bias)
         squared = found.squared_error.sum()
         loss = squared * (config.mse_scale / (rows * d))
         return {
@@ -128,32 +142,23 @@ class SparseStep:
             "grad_norm": (squares + pre_bias.square().sum()).sqrt(),
         }
 
-    def _update(self, of: SparseGradient, pre_bias: Tensor, lr: float) -> Tensor:
+    def _update(self, of: SparseGradient, pre_bias: Tensor) -> Tensor:
         """Move all parameters; returns the squared norm of the latents' gradients."""
-        optimiser = self._optimiser
-        blend = 1 - self._ema.decay if self._ema is not None else 0.0
-        if optimiser.clip is None:
-            hyper = optimiser.advance(lr, None, blend)
+        hyper = Hyper(self._scalars, 1 - self._ema.decay if self._ema is not None else 0.0)
+        if self._optimiser.clip is None:
             squares = update(self._latents, of, hyper).sum()
         else:
             dense, by_latent = gradients(self._latents, of)
             squares = by_latent.sum()
-            norm = (squares + pre_bias.square().sum()).sqrt()
-            hyper = optimiser.advance(lr, optimiser.clip_factor(norm), blend)
+            hyper = self._optimiser.clipped(hyper, (squares + pre_bias.square().sum()).sqrt())
             apply_gradients(self._latents, dense, hyper)
         adam_(self._pre_bias, pre_bias, hyper)
         follow_(self._pre_bias, hyper)
-        if self._ema is not None:
-            self._ema.count()
         return squares
 
-    def _auxk(self, centred: Tensor, error: Tensor, rows: int) -> Aux | None:
+    def _auxk(self, centred: Tensor, error: Tensor, room: int) -> Aux:
         """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
-        config = self._config
-        room = self._bound.next(rows) if config.auxk else 0
-        if not room:
-            return None
-        (rows, d), n = centred.shape, self._model.n_latents
+        config, rows, n = self._config, len(centred), self._model.n_latents
         mask = self._dead.mask(config.dead_after_tokens)
         # Every dead latent gets a place below room; what is left of it counts as n, a latent that never wins.
         place = torch.where(mask, mask.cumsum(0) - 1, room)
@@ -166,7 +171,8 @@ class SparseStep:
         selected = encode_topk(centred, encoder, bias, min(config.auxk, room))
         dense = torch.zeros(rows, room, dtype=centred.dtype, device=centred.device)
         dense.scatter_(1, selected.indices.long(), selected.values.relu_().to(dense.dtype))
-        loss, grad = _aux_loss(dense @ decoder, error, self._pre_bias.weight, config.auxk_coef)
+        coef = config.auxk_coef * mask.any()  # the bound may have been too careful
+        loss, grad = _aux_loss(dense @ decoder, error, self._pre_bias.weight, coef)
         pre_act_grads = (grad @ decoder.T).mul_(dense > 0)
         bias_grad = column_sum(pre_act_grads)
         dead = DeadGradients(
@@ -185,39 +191,48 @@ class SparseStep:
 
 
 class DeadBound:
-    """How many latents may be dead, without waiting for a GPU to count them.
+    """How many latents may be dead in the coming step, without waiting for a GPU to count them.
 
-    On a GPU the count made two steps ago is read, of the latents that can be dead by now.
+    On a GPU the count made two steps before is read, of the latents that can be dead by then.
     """
 
-    LAG, ROUND = 2, 256
+    LAG = 2
 
     def __init__(self, dead: DeadLatents, threshold: int) -> None:
         self._dead, self._threshold = dead, threshold
         self._counts: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     def next(self, rows: int) -> int:
-        """A bound for this step's dead latents, whose tokens are counted already; rows are those of a batch."""
+        """A bound for the dead latents after a step on so many rows."""
         since = self._dead.tokens_since
-        if not since.is_cuda:
-            return int(self._dead.mask(self._threshold).sum())
-        ahead = (since > self._threshold - self.LAG * rows).sum()
-        if len(self._counts) < self.LAG:  # the first steps wait
-            bound = int(ahead)
+        if len(self._counts) < self.LAG:  # on a GPU, the first steps wait
+            bound = int(self._within(rows))
         else:
             count, copied = self._counts.popleft()
             copied.synchronize()
             bound = int(count)
-        held = torch.empty((), dtype=torch.int64, pin_memory=True)
-        held.copy_(ahead, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._counts.append((held, event))
-        # Rounded, so that shapes are few.
-        return min(-(-bound // self.ROUND) * self.ROUND, len(since))
+        if not since.is_cuda:
+            return bound
+        # Rounded up, by at most an eighth where there are many, so that shapes are few.
+        unit = max(256, (1 << bound.bit_length()) // 16)
+        return min(-(-bound // unit) * unit, len(since))
+
+    def record(self, rows: int) -> None:
+        """Count after a step on so many rows, for a later one."""
+        if not self._dead.tokens_since.is_cuda:
+            return
+        count = torch.empty((), dtype=torch.int64, pin_memory=True)
+        count.copy_(self._within(self.LAG * rows), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        self._counts.append((count, copied))
+
+    def _within(self, tokens: int) -> Tensor:
+        """How many latents are dead after so many tokens more, if none of them fires."""
+        return (self._dead.tokens_since > self._threshold - tokens).sum()
 
 
-def _aux_loss(recons: Tensor, error: Tensor, pre_bias: Tensor, coef: float) -> tuple[Tensor, Tensor]:
+def _aux_loss(recons: Tensor, error: Tensor, pre_bias: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
     """AuxK's loss, and its gradient [B, d] in the type of products; see `losses.auxk_loss`.
 
     recons [B, d] lacks the bias, and so does the target -error; error is of the main reconstruction.
@@ -228,7 +243,7 @@ def _aux_loss(recons: Tensor, error: Tensor, pre_bias: Tensor, coef: float) -> t
     power = (residual + pre_bias).square().mean(dim=1, keepdim=True)
     inverse = torch.where(power > 0, 1 / torch.where(power > 0, power, 1), 0)
     loss = (difference.square().mean(dim=1, keepdim=True) * inverse).mean() * coef
-    grad = difference * inverse * (2 * coef / difference.numel())
+    grad = difference * (inverse * (2 * coef / difference.numel()))
     return loss, grad.to(recons.dtype)
 
 

@@ -89,7 +89,7 @@ def test_topk_is_a_stable_descending_sort(
 def test_topk_takes_nan_last_and_shows_it_where_nothing_else_is_left(device: str, use: str) -> None:
     x = torch.tensor([[1.0, float("nan"), 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]], device=device)
     with kernels(device) if use == "kernel" else nullcontext():
-        values, indices = topk.topk(x, 3)
+        _, indices = topk.topk(x, 3)
         everything, _ = topk.topk(x, 4)
     assert indices.tolist() == [[2, 3, 0], [0, 1, 2]]
     assert everything[0].isnan().tolist() == [False, False, False, True]
@@ -124,6 +124,8 @@ def test_equal_rows_keep_exactly_k_and_the_smaller_latents(device: str) -> None:
     assert found.indices.tolist() == [list(range(7))] * 4
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's maxima
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_row_that_is_not_finite_does_not_touch_the_others(device: str) -> None:
     x, weight = drawn(6, 16, device=device), drawn(70, 16, device=device, seed=1)
@@ -244,7 +246,7 @@ def test_update_in_one_pass_and_in_two(
         if mine.shadow is not None:
             assert torch.equal(mine.shadow, mine.weight.to(dtype))
     for first, second in zip(results[0][0], results[1][0], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
     two = update.Latents(
         *(p._replace(**{f: t.clone() for f, t in p._asdict().items() if t is not None}) for p in rows_of)
     )
