@@ -48,6 +48,7 @@ class StepConfig:
     l1_coef: weight of the normalised L1 loss; dense activations only
     clip: largest global gradient norm, or None
     ema_decay: decay of the weights' moving average per step, or None
+    graphs: launch the kernels of a step together as a CUDA graph; not yet the default, as it was never measured
     """
 
     mse_scale: float = 1.0
@@ -57,6 +58,7 @@ class StepConfig:
     l1_coef: float = 0.0
     clip: float | None = None
     ema_decay: float | None = 0.999
+    graphs: bool = False
 
 
 class Aux(NamedTuple):
@@ -92,7 +94,7 @@ class SparseStep:
         )
         self._pre_bias = self._parameter("pre_bias")
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
-        self._replay = Replay(self._train)
+        self._run = Replay(self._train) if config.graphs else self._train
 
     def refresh(self) -> None:
         """Say that weights or statistics were changed from outside."""
@@ -106,7 +108,7 @@ class SparseStep:
         """Train on raw activations x [B, d]; metrics as of `TrainStep.step`."""
         room = self._bound.next(len(x)) if self._config.auxk else 0
         self._scalars.copy_(self._optimiser.advance(lr))
-        metrics = self._replay(x, room)
+        metrics = self._run(x, room)
         self._bound.record(len(x))
         if self._ema is not None:
             self._ema.count()

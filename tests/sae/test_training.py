@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sae.initialise import initialise
+from sae.kernels.dispatch import interpreter
 from sae.losses import fvu
 from sae.model import Autoencoder, Identity, ReLU, TopK
 from sae.schemas.errors import AutoencoderError
@@ -112,6 +113,25 @@ def test_training_equals_a_dense_autograd_implementation(normalize: bool, clip: 
             torch.testing.assert_close(model.state_dict()[name], average, rtol=0, atol=1e-9)
         average = torch.nn.functional.normalize(dense.average["decoder.weight"], dim=0)
         torch.testing.assert_close(model.state_dict()["decoder.weight"], average, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_the_kernels_train_like_their_twins(clip: float | None) -> None:
+    config = replace(CONFIG, clip=clip, dead_after_tokens=20)
+    plain = TrainStep(fresh(TopK(K), normalize=True), config)
+    n_dead = []
+    with interpreter():
+        kernels = TrainStep(fresh(TopK(K), normalize=True).float(), config)
+        for x in batches(3, rows=16):
+            expected, found = plain.step(x, 0.01), kernels.step(x.float(), 0.01)
+            for name, value in expected.items():
+                assert found[name].item() == pytest.approx(value.item(), rel=1e-4)
+            n_dead.append(expected["dead"].item())
+    assert max(n_dead) > 0
+    for name, weight in plain.autoencoder.tensors().items():
+        found_weight = kernels.autoencoder.tensors()[name]
+        # float32, and Adam's first steps are as large for small gradients as for large ones.
+        torch.testing.assert_close(found_weight, weight.to(found_weight.dtype), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
