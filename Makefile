@@ -1,7 +1,7 @@
 # make env    a virtual environment in .venv with exactly the versions of requirements.lock
 # make demo   real text and a real language model to a trained autoencoder, tables, SQL and viewer JSON
 # make test   all tests that need no GPU        make check  lint, types, structure, secrets
-# make bench  benchmarks that need no GPU       make fmt    format the code
+# make bench  benchmarks; those for a GPU say so and end   make fmt    format the code
 # make clean  remove what the other targets made, .venv excepted
 #
 # PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
