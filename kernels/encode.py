@@ -15,10 +15,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
-from sae.kernels.topk import GROUP, Selected, select, topk
+from sae.kernels.topk import GROUP, Selected, keep_topk, select, topk
 
 SCRATCH_BYTES = 2**31
 """Pre-activations are held for so many rows at a time as fit in here."""
+
+
+def encode_dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
+    """The latents that `encode_topk` selects, behind a ReLU, among zeros: [B, n] in x's type.
+
+    For few latents n and many selected, where products with a dense matrix are cheaper than sparse ones.
+    """
+    _check(x, weight, bias, k)
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    n = weight.shape[0]
+    if use_triton(x, weight, bias):
+        pre, maxima = pre_activations(x.contiguous(), weight.contiguous(), bias.float().contiguous())
+        return keep_topk(pre, maxima, k)[:, :n]
+    selected = _encode_topk_torch(x, weight, bias, k)
+    return x.new_zeros(len(x), n).scatter_(1, selected.indices.long(), selected.values.relu().to(x.dtype))
 
 
 def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
@@ -30,6 +45,14 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
 
     Raises ValueError when shapes or types disagree, or k is not between 1 and n.
     """
+    _check(x, weight, bias, k)
+    x, weight, bias = x.detach(), weight.detach(), bias.detach()
+    if use_triton(x, weight, bias):
+        return _encode_topk_triton(x.contiguous(), weight.contiguous(), bias.float().contiguous(), k)
+    return _encode_topk_torch(x, weight, bias, k)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> None:
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(
             f"encode_topk expects x [B, d] and weight [n, d] of one type, received "
@@ -39,10 +62,6 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
         raise ValueError(f"encode_topk expects bias [{weight.shape[0]}], received {tuple(bias.shape)}")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"encode_topk expects 1 <= k <= n, received k={k} with n={weight.shape[0]}")
-    x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    if use_triton(x, weight, bias):
-        return _encode_topk_triton(x.contiguous(), weight.contiguous(), bias.float().contiguous(), k)
-    return _encode_topk_torch(x, weight, bias, k)
 
 
 def _encode_topk_torch(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:

@@ -118,6 +118,21 @@ def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
     return Selected(values, columns)
 
 
+def keep_topk(x: Tensor, maxima: Tensor, k: int) -> Tensor:
+    """Zero all of x [B, n] but the positive ones of each row's k largest, given its `group_maxima`; in place."""
+    rows, width = x.shape
+    n_groups = maxima.shape[1]
+    if rows:
+        kept = min(k, n_groups)
+        chosen = torch.empty(rows, kept, dtype=torch.int32, device=x.device)
+        _keep_kernel[(rows,)](
+            x, maxima, chosen, width, n_groups, k, kept, GROUP, triton.next_power_of_2(n_groups),
+            triton.next_power_of_2(kept), 16 if x.dtype == torch.bfloat16 else 32, 1024,
+            num_warps=_warps(n_groups, kept),
+        )  # fmt: skip
+    return x
+
+
 def _warps(n_groups: int, kept: int) -> int:
     return 8 if n_groups > 2048 or kept > 64 else 1
 
@@ -171,11 +186,11 @@ def _places(key, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def _select_kernel(
-    x_ptr, max_ptr, chosen_ptr, values_ptr, columns_ptr, width, n_groups, k, kept,
+def _best_in_row(
+    x_ptr, max_ptr, chosen_ptr, row, width, n_groups, k, kept,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """Entries of the best groups, flat: value, column, whether it is chosen, and its place then."""
     group = tl.arange(0, GROUPS)
     maxima = tl.load(max_ptr + row * n_groups + group, mask=group < n_groups, other=-float("inf"))
     chosen, place = _places(_sort_key(maxima, group < n_groups, BITS), kept, BITS)
@@ -188,9 +203,40 @@ def _select_kernel(
     x = tl.load(x_ptr + row * width + column, mask=valid, other=-float("inf"))
     x = tl.reshape(x, [KEPT * GROUP])
     column = tl.reshape(column, [KEPT * GROUP])
-    chosen, place = _places(_sort_key(x, tl.reshape(valid, [KEPT * GROUP]), BITS), k, BITS)
+    valid = tl.reshape(valid, [KEPT * GROUP])
+    chosen, place = _places(_sort_key(x, valid, BITS), k, BITS)
+    return x, column, chosen, place
+
+
+@triton.jit
+def _select_kernel(
+    x_ptr, max_ptr, chosen_ptr, values_ptr, columns_ptr, width, n_groups, k, kept,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x, column, chosen, place = _best_in_row(
+        x_ptr, max_ptr, chosen_ptr, row, width, n_groups, k, kept, GROUP, GROUPS, KEPT, BITS
+    )
     tl.store(values_ptr + row * k + place, x.to(tl.float32), mask=chosen)
     tl.store(columns_ptr + row * k + place, column, mask=chosen)
+
+
+@triton.jit
+def _keep_kernel(
+    x_ptr, max_ptr, chosen_ptr, width, n_groups, k, kept,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x, column, chosen, _ = _best_in_row(
+        x_ptr, max_ptr, chosen_ptr, row, width, n_groups, k, kept, GROUP, GROUPS, KEPT, BITS
+    )
+    tl.debug_barrier()  # every thread has read
+    slot = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], tl.float32).to(x.dtype)
+    for first in range(0, width, BLOCK):
+        tl.store(x_ptr + row * width + first + slot, zero, mask=first + slot < width)
+    tl.debug_barrier()
+    tl.store(x_ptr + row * width + column, x, mask=chosen & (x.to(tl.float32) > 0))
 
 
 COMPILED = [
@@ -207,5 +253,21 @@ COMPILED = [
         )
         for dtype in ("bf16", "fp32")
         for groups, kept in ((1024, 32), (4096, 64), (512, 256))
+    ),
+    *(
+        Compiled(
+            _keep_kernel,
+            f"*{dtype}, *{dtype}, *i32, i32:16, i32, i32:16, i32:16",
+            {
+                "GROUP": GROUP,
+                "GROUPS": groups,
+                "KEPT": kept,
+                "BITS": 16 if dtype == "bf16" else 32,
+                "BLOCK": 1024,
+            },
+            num_warps=_warps(groups, kept),
+        )
+        for dtype in ("bf16", "fp32")
+        for groups, kept in ((128, 128), (512, 256))
     ),
 ]

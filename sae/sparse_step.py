@@ -17,7 +17,7 @@ from sae.graphs import Replay
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
-from sae.kernels.encode import encode_topk
+from sae.kernels.encode import encode_dense_topk, encode_topk
 from sae.kernels.order import latent_index
 from sae.kernels.reconstruct import reconstruct
 from sae.kernels.update import (
@@ -160,7 +160,7 @@ class SparseStep:
 
     def _auxk(self, centred: Tensor, error: Tensor, room: int) -> Aux:
         """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
-        config, rows, n = self._config, len(centred), self._model.n_latents
+        config, n = self._config, self._model.n_latents
         mask = self._dead.mask(config.dead_after_tokens)
         # Every dead latent gets a place below room; what is left of it counts as n, a latent that never wins.
         place = torch.where(mask, mask.cumsum(0) - 1, room)
@@ -170,12 +170,10 @@ class SparseStep:
         ids = torch.where(real, ids, 0)
         encoder, decoder = _product(self._latents.encoder)[ids], _product(self._latents.decoder)[ids]
         bias = torch.where(real, self._latents.bias.weight[ids], -torch.inf)
-        selected = encode_topk(centred, encoder, bias, min(config.auxk, room))
-        dense = torch.zeros(rows, room, dtype=centred.dtype, device=centred.device)
-        dense.scatter_(1, selected.indices.long(), selected.values.relu_().to(dense.dtype))
+        dense = encode_dense_topk(centred, encoder, bias, min(config.auxk, room))
         coef = config.auxk_coef * mask.any()  # the bound may have been too careful
         loss, grad = _aux_loss(dense @ decoder, error, self._pre_bias.weight, coef)
-        pre_act_grads = (grad @ decoder.T).mul_(dense > 0)
+        pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ decoder.T, dense, 0)
         bias_grad = column_sum(pre_act_grads)
         dead = DeadGradients(
             torch.where(mask, place, -1).to(torch.int32),

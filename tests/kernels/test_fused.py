@@ -116,6 +116,17 @@ def test_encode_selects_the_k_largest(device: str, dtype: torch.dtype, rows: int
     assert (left <= exact.gather(1, at).min(dim=1).values + 2 * slack).all()
 
 
+@pytest.mark.parametrize(("device", "dtype", "rows", "d", "n", "k"), cases())
+def test_dense_latents_are_those_selected(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int) -> None:
+    x, weight = drawn(rows, d, device=device, dtype=dtype), drawn(n, d, device=device, dtype=dtype, seed=1)
+    bias = drawn(n, device=device, seed=2)
+    with kernels(device):
+        selected = encode.encode_topk(x, weight, bias, k)
+        dense = encode.encode_dense_topk(x, weight, bias, k)
+    expected = torch.zeros(rows, n, device=device).scatter(1, selected.indices.long(), selected.values.relu())
+    assert torch.equal(dense.float(), expected)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_equal_rows_keep_exactly_k_and_the_smaller_latents(device: str) -> None:
     x, weight = torch.ones(4, 16, device=device), torch.ones(200, 16, device=device)

@@ -100,19 +100,19 @@ def test_training_equals_a_dense_autograd_implementation(normalize: bool, clip: 
         lr = 0.02 * (1 + step % 3)
         metrics, expected = train.step(x, lr), dense.step(x, lr)
         for name, value in expected.items():
-            assert metrics[name].item() == pytest.approx(value, rel=1e-10)
+            assert metrics[name].item() == pytest.approx(value, rel=1e-8)
         for name, weight in dense.w.items():
-            # float64: twelve steps of sums of some hundred terms, and Adam divides small gradients by themselves.
-            torch.testing.assert_close(model.state_dict()[name], weight.detach(), rtol=0, atol=1e-9)
+            # float64; where a gradient is all rounding, 1e-17, Adam divides it by itself or by its eps of 6e-10.
+            torch.testing.assert_close(model.state_dict()[name], weight.detach(), rtol=0, atol=1e-8)
     assert 0 < dense.n_aux < 12  # both kinds of step have been compared
     assert train.ema is not None
     with train.ema.swap(model):
         correction = 1 - 0.9**12
         for name in ("pre_bias", "encoder.weight", "latent_bias"):
             average = dense.average[name] / correction
-            torch.testing.assert_close(model.state_dict()[name], average, rtol=0, atol=1e-9)
+            torch.testing.assert_close(model.state_dict()[name], average, rtol=0, atol=1e-8)
         average = torch.nn.functional.normalize(dense.average["decoder.weight"], dim=0)
-        torch.testing.assert_close(model.state_dict()["decoder.weight"], average, rtol=0, atol=1e-9)
+        torch.testing.assert_close(model.state_dict()["decoder.weight"], average, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("clip", [None, 0.4])
