@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.activations import ReLU, TopK
 from sae.graphs import Replay
+from sae.kernels.aux_error import aux_error
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
@@ -171,17 +172,18 @@ class SparseStep:
         encoder, decoder = _product(self._latents.encoder)[ids], _product(self._latents.decoder)[ids]
         bias = torch.where(real, self._latents.bias.weight[ids], -torch.inf)
         dense = encode_dense_topk(centred, encoder, bias, min(config.auxk, room))
-        coef = config.auxk_coef * mask.any()  # the bound may have been too careful
-        loss, grad = _aux_loss(dense @ decoder, error, self._pre_bias.weight, coef)
+        loss, grad = aux_error(dense @ decoder, error, self._pre_bias.weight)
+        # The bound may have been too careful: then there is no loss either.
+        coef = mask.any() * (config.auxk_coef / len(centred))
         pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ decoder.T, dense, 0)
-        bias_grad = column_sum(pre_act_grads)
+        bias_grad = column_sum(pre_act_grads) * (2 * coef)
         dead = DeadGradients(
             torch.where(mask, place, -1).to(torch.int32),
-            _wide_product(pre_act_grads.T, centred),
+            _wide_product(pre_act_grads.T, centred).mul_(2 * coef),
             bias_grad,
-            _wide_product(dense.T, grad),
+            _wide_product(dense.T, grad).mul_(2 * coef),
         )
-        return Aux(loss, dead, column_sum(grad) - weighted_sum(bias_grad, encoder))
+        return Aux(loss.sum() * coef, dead, column_sum(grad) * (2 * coef) - weighted_sum(bias_grad, encoder))
 
     def _parameter(self, name: str, *, shadowed: bool = False) -> Parameter:
         parameter = self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)
@@ -230,21 +232,6 @@ class DeadBound:
     def _within(self, tokens: int) -> Tensor:
         """How many latents are dead after so many tokens more, if none of them fires."""
         return (self._dead.tokens_since > self._threshold - tokens).sum()
-
-
-def _aux_loss(recons: Tensor, error: Tensor, pre_bias: Tensor, coef: Tensor) -> tuple[Tensor, Tensor]:
-    """AuxK's loss, and its gradient [B, d] in the type of products; see `losses.auxk_loss`.
-
-    recons [B, d] lacks the bias, and so does the target -error; error is of the main reconstruction.
-    """
-    wide = torch.promote_types(recons.dtype, torch.float32)
-    residual = -error.to(wide)
-    difference = recons.to(wide) - residual
-    power = (residual + pre_bias).square().mean(dim=1, keepdim=True)
-    inverse = torch.where(power > 0, 1 / torch.where(power > 0, power, 1), 0)
-    loss = (difference.square().mean(dim=1, keepdim=True) * inverse).mean() * coef
-    grad = difference * (inverse * (2 * coef / difference.numel()))
-    return loss, grad.to(recons.dtype)
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sae.kernels import aux_error, columns, dispatch, encode, order, reconstruct, topk, update
 from sae.kernels import centre as centring
-from sae.kernels import columns, dispatch, encode, order, reconstruct, topk, update
 
 CPU = "cpu"
 DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -161,6 +161,20 @@ def test_centre(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: i
         found = centring.centre(x, bias, eps, dtype)
     for name in found._fields:
         assert_close(getattr(found, name), getattr(exact, name), getattr(eager, name))
+
+
+@pytest.mark.parametrize(("device", "dtype", "rows", "d", "n", "k"), cases())
+def test_aux_error(device: str, dtype: torch.dtype, rows: int, d: int, n: int, k: int) -> None:
+    recons, error = drawn(rows, d, device=device, dtype=dtype), drawn(rows, d, device=device, dtype=dtype, seed=1)
+    bias = drawn(d, device=device, seed=2)
+    exact = aux_error._aux_error_torch(recons.double(), error.double(), bias.double())
+    eager = aux_error._aux_error_torch(recons, error, bias)
+    with kernels(device):
+        found = aux_error.aux_error(recons, error, bias)
+        nothing_left = aux_error.aux_error(recons, torch.zeros_like(error), torch.zeros_like(bias))
+    for mine, true, plain in zip(found, exact, eager, strict=True):
+        assert_close(mine, true, plain)
+    assert not any(result.any() for result in nothing_left)
 
 
 @pytest.mark.parametrize(("device", "dtype", "rows", "d", "n", "k"), cases())
