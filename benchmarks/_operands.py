@@ -113,7 +113,7 @@ def cases(weights: Weights, k: int) -> dict[str, Case]:
             lambda b: sparse_t_matmul_coo(b.rows, b.indices.flatten(), b.values.flatten(), b.error, n),
             lambda b: _index_add(b, n),
         ),
-        "reconstruct": Case(lambda b: reconstruct(b.values, b.indices, decoder, weights.pre_bias, b.x)),
+        "reconstruct": Case(lambda b: reconstruct(b.values, b.indices, decoder, b.x)),
         "update": Case(_updates(weights)),
         "add_mul": Case(
             lambda b: add_mul(encoder, bias[:, None], decoder), lambda b: torch.addcmul(encoder, bias[:, None], decoder)

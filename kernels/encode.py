@@ -108,17 +108,25 @@ def _has_tensor_copies(x: Tensor, weight: Tensor) -> bool:
     """Whether tiles can be moved by the bulk tensor copies of Hopper and later, whose rows start at 16 bytes."""
     aligned = x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return x.is_cuda and half and aligned and torch.cuda.get_device_capability(x.device)[0] >= 9
+    if not (x.is_cuda and half and aligned):
+        return False
+    # Consumer GPUs of later generations have the copies, but not the room for three stages of such tiles.
+    return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
 def _persistent(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, maxima: Tensor) -> None:
     bm, bn, bk = 128, 256, 64
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     _pre_activations_persistent_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x, [bm, bk]), TensorDescriptor.from_tensor(weight, [bn, bk]), bias,
-        TensorDescriptor.from_tensor(out, [bm, bn]), maxima, len(x), len(weight), out.shape[1], x.shape[1],
+        _described(x, [bm, bk]), _described(weight, [bn, bk]), bias, _described(out, [bm, bn]), maxima,
+        len(x), len(weight), out.shape[1], x.shape[1],
         BM=bm, BN=bn, BK=bk, GROUP=GROUP, BAND=8, PROGRAMS=programs, num_warps=8, num_stages=3,
     )  # fmt: skip
+
+
+def _described(x: Tensor, block: list[int]) -> TensorDescriptor:
+    """A contiguous matrix; one of a single row may say otherwise of its strides."""
+    return TensorDescriptor(x, list(x.shape), [x.shape[1], 1], block)
 
 
 @triton.jit

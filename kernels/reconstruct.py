@@ -31,37 +31,35 @@ class Reconstruction(NamedTuple):
     squared_error: Tensor
 
 
-def reconstruct(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Reconstruction:
-    """Compare sum_j values[b, j] * weight[indices[b, j]] + bias with target.
+def reconstruct(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor) -> Reconstruction:
+    """Compare sum_j values[b, j] * weight[indices[b, j]] with target.
 
-    values [B, k] >= 0 (latents after the post-activation), indices [B, k] integer, weight [n, d], bias [d],
-    target [B, d]. The gradients are those of half the squared error; a latent of value zero gets none, as behind
-    a ReLU. Not differentiable: these are the gradients.
+    values [B, k] >= 0 (latents after the post-activation), indices [B, k] integer in [0, n), weight [n, d], target
+    [B, d] (where the reconstruction has a bias, the target is without it). The gradients are those of half the
+    squared error; a latent of value zero gets none, as behind a ReLU. Not differentiable: these are the gradients.
 
     Raises ValueError when the shapes disagree.
     """
     rows, d = target.shape
-    if values.shape != indices.shape or len(values) != rows or weight.shape[1] != d or bias.shape != (d,):
+    if values.shape != indices.shape or len(values) != rows or weight.shape[1] != d:
         raise ValueError(
-            f"reconstruct expects values and indices [B, k], weight [n, d], bias [d] and target [B, d], received "
-            f"{[tuple(t.shape) for t in (values, indices, weight, bias, target)]}"
+            f"reconstruct expects values and indices [B, k], weight [n, d] and target [B, d], received "
+            f"{[tuple(t.shape) for t in (values, indices, weight, target)]}"
         )
     if use_triton(values, weight, target) and d <= MAX_FEATURES:
-        return _reconstruct_triton(values, indices, weight, bias, target)
-    return _reconstruct_torch(values, indices, weight, bias, target)
+        return _reconstruct_triton(values, indices, weight.contiguous(), target)
+    return _reconstruct_torch(values, indices, weight, target)
 
 
-def _reconstruct_torch(values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor) -> Reconstruction:
+def _reconstruct_torch(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor) -> Reconstruction:
     recons = F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
-    error = recons + bias.to(weight.dtype) - target.to(weight.dtype)
-    grads = sampled_matmul(error, weight, indices) * (values > 0)
+    error = recons - target.to(weight.dtype)
+    grads = torch.where(values > 0, sampled_matmul(error, weight, indices), 0)
     wide = values.dtype
     return Reconstruction(error, grads.to(wide), error.to(wide).square().sum(dim=1))
 
 
-def _reconstruct_triton(
-    values: Tensor, indices: Tensor, weight: Tensor, bias: Tensor, target: Tensor
-) -> Reconstruction:
+def _reconstruct_triton(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor) -> Reconstruction:
     (rows, k), d = values.shape, weight.shape[1]
     error = torch.empty(rows, d, dtype=weight.dtype, device=weight.device)
     grads = torch.empty(rows, k, dtype=torch.float32, device=weight.device)
@@ -70,7 +68,7 @@ def _reconstruct_triton(
         block = triton.next_power_of_2(d)
         tile = max(1, min(triton.next_power_of_2(k), 8192 // block))
         _reconstruct_kernel[(rows,)](
-            values.contiguous(), indices.contiguous(), weight, bias.contiguous(), target.contiguous(),
+            values.contiguous(), indices.contiguous(), weight, target.contiguous(),
             error, grads, squared, d, k, tile, block, num_warps=max(1, min(16, block // 256)),
         )  # fmt: skip
     return Reconstruction(error, grads, squared)
@@ -78,7 +76,7 @@ def _reconstruct_triton(
 
 @triton.jit
 def _reconstruct_kernel(
-    values_ptr, indices_ptr, weight_ptr, bias_ptr, target_ptr, error_ptr, grads_ptr, squared_ptr, d, k,
+    values_ptr, indices_ptr, weight_ptr, target_ptr, error_ptr, grads_ptr, squared_ptr, d, k,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -86,8 +84,7 @@ def _reconstruct_kernel(
     inside = feature < d
     slot = tl.arange(0, TILE)
     target = tl.load(target_ptr + row * d + feature, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + feature, mask=inside, other=0.0).to(tl.float32)
-    recons = bias
+    recons = tl.zeros([BLOCK], tl.float32)
     for first in range(0, k, TILE):
         given = first + slot < k
         value = tl.load(values_ptr + row * k + first + slot, mask=given, other=0.0).to(tl.float32)
@@ -112,7 +109,7 @@ def _reconstruct_kernel(
 COMPILED = [
     Compiled(
         _reconstruct_kernel,
-        f"*fp32, *i32, *{dtype}, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, i32:16, i32:16",
+        f"*fp32, *i32, *{dtype}, *{dtype}, *{dtype}, *fp32, *fp32, i32:16, i32:16",
         {"TILE": 8192 // block, "BLOCK": block},
         num_warps=block // 256,
     )

@@ -43,7 +43,8 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"topk expects x of shape [B, n], received {tuple(x.shape)}")
     if not 1 <= k <= x.shape[1]:
         raise ValueError(f"topk expects 1 <= k <= n, received k={k} with n={x.shape[1]}")
-    indices = (_topk_triton if use_triton(x) else _topk_torch)(x.detach(), k)
+    kernel = use_triton(x) and x.is_floating_point()
+    indices = (_topk_triton if kernel else _topk_torch)(x.detach(), k)
     return x.gather(1, indices), indices
 
 
@@ -119,7 +120,7 @@ def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
 
 
 def keep_topk(x: Tensor, maxima: Tensor, k: int) -> Tensor:
-    """Zero all of x [B, n] but the positive ones of each row's k largest, given its `group_maxima`; in place."""
+    """Zero x [B, n] but for the positive (or NaN) ones of each row's k largest, given its `group_maxima`; in place."""
     rows, width = x.shape
     n_groups = maxima.shape[1]
     if rows:
@@ -236,7 +237,8 @@ def _keep_kernel(
     for first in range(0, width, BLOCK):
         tl.store(x_ptr + row * width + first + slot, zero, mask=first + slot < width)
     tl.debug_barrier()
-    tl.store(x_ptr + row * width + column, x, mask=chosen & (x.to(tl.float32) > 0))
+    value = x.to(tl.float32)
+    tl.store(x_ptr + row * width + column, x, mask=chosen & ((value > 0) | (value != value)))
 
 
 COMPILED = [

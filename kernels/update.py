@@ -163,6 +163,9 @@ def normalise_rows_(rows: Tensor) -> None:
 
 
 def _on_gpu(latents: Latents) -> bool:
+    for parameter in latents:
+        if not all(t is None or t.is_contiguous() for t in parameter):
+            raise ValueError("update expects contiguous parameters, moments, averages and shadows: rows for latents")
     return use_triton(latents.encoder.weight) and latents.encoder.weight.shape[1] <= MAX_FEATURES
 
 
@@ -209,6 +212,8 @@ class _Sums(NamedTuple):
 
 
 def _sums(of: SparseGradient) -> _Sums:
+    if not all(t.is_contiguous() for t in (of.values, of.grads, of.error, of.centred)):
+        raise ValueError("update expects contiguous values, grads, error and centred")
     (rows, k), d = of.values.shape, of.error.shape[1]
     n, n_chunks = len(of.index.starts) - 1, rows * k // CHUNK
     device = of.error.device

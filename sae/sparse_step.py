@@ -6,6 +6,7 @@ Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2
 """
 
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from sae.kernels.encode import encode_dense_topk, encode_topk
 from sae.kernels.order import latent_index
 from sae.kernels.reconstruct import reconstruct
 from sae.kernels.update import (
+    MAX_FEATURES,
     DeadGradients,
     Hyper,
     Latents,
@@ -95,7 +97,8 @@ class SparseStep:
         )
         self._pre_bias = self._parameter("pre_bias")
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
-        self._run = Replay(self._train) if config.graphs else self._train
+        graphs = config.graphs and self._dtype == torch.bfloat16 and autoencoder.d_model <= MAX_FEATURES
+        self._run = Replay(self._train) if graphs else self._train
 
     def refresh(self) -> None:
         """Say that weights or statistics were changed from outside."""
@@ -107,10 +110,14 @@ class SparseStep:
     @torch.no_grad()
     def step(self, x: Tensor, lr: float) -> Metrics:
         """Train on raw activations x [B, d]; metrics as of `TrainStep.step`."""
-        room = self._bound.next(len(x)) if self._config.auxk else 0
-        self._scalars.copy_(self._optimiser.advance(lr))
-        metrics = self._run(x, room)
-        self._bound.record(len(x))
+        if not len(x):
+            raise ValueError("a training step expects at least one row of activations, received none")
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            room = self._bound.next(len(x)) if self._config.auxk else 0
+            self._scalars.copy_(self._optimiser.advance(lr))
+            metrics = self._run(x, room)
+            if self._config.auxk:
+                self._bound.record(len(x))
         if self._ema is not None:
             self._ema.count()
         return metrics
@@ -120,10 +127,11 @@ class SparseStep:
         (rows, d), config = x.shape, self._config
         encoder, bias, decoder = self._latents
         eps = NORMALIZE_EPS if self._model.normalize else None
-        target, centred, power = centre(x, self._pre_bias.weight, eps, self._dtype)
+        centred, power, centred_power = centre(x, self._pre_bias.weight, eps, self._dtype)
         selected = encode_topk(centred, _product(encoder), bias.weight, self._k)
         values = selected.values.relu_()
-        found = reconstruct(values, selected.indices, _product(decoder), self._pre_bias.weight, target)
+        # What is reconstructed is what is encoded: the bias is in both x and its reconstruction.
+        found = reconstruct(values, selected.indices, _product(decoder), centred)
         index = latent_index(selected.indices, self._model.n_latents)
         self._dead.update(selected.indices, values, rows)
         aux = self._auxk(centred, found.error, room) if room else None
@@ -139,7 +147,7 @@ class SparseStep:
         return {
             "loss": loss if aux is None else loss + aux.loss,
             "normalized_mse": (found.squared_error / power).mean(),
-            "fvu": squared / (power.sum() - column_sum(target).square().sum() / rows),
+            "fvu": squared / (centred_power.sum() - column_sum(centred).square().sum() / rows),
             "l0": (values > 0).sum() / rows,
             "dead": self._dead.mask(config.dead_after_tokens).float().mean(),
             "grad_norm": (squares + pre_bias.square().sum()).sqrt(),
@@ -174,7 +182,7 @@ class SparseStep:
         dense = encode_dense_topk(centred, encoder, bias, min(config.auxk, room))
         loss, grad = aux_error(dense @ decoder, error, self._pre_bias.weight)
         # The bound may have been too careful: then there is no loss either.
-        coef = mask.any() * (config.auxk_coef / len(centred))
+        coef = mask.any().to(loss.dtype) * (config.auxk_coef / len(centred))
         pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ decoder.T, dense, 0)
         bias_grad = column_sum(pre_act_grads) * (2 * coef)
         dead = DeadGradients(
@@ -192,6 +200,14 @@ class SparseStep:
         return parameter
 
 
+class _Count(NamedTuple):
+    """A number on its way to the host, and the number of tokens up to which it is a bound."""
+
+    latents: Tensor
+    copied: torch.cuda.Event
+    holds_until: int
+
+
 class DeadBound:
     """How many latents may be dead in the coming step, without waiting for a GPU to count them.
 
@@ -202,17 +218,18 @@ class DeadBound:
 
     def __init__(self, dead: DeadLatents, threshold: int) -> None:
         self._dead, self._threshold = dead, threshold
-        self._counts: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._tokens = 0
+        self._counts: deque[_Count] = deque()
 
     def next(self, rows: int) -> int:
         """A bound for the dead latents after a step on so many rows."""
         since = self._dead.tokens_since
-        if len(self._counts) < self.LAG:  # on a GPU, the first steps wait
+        known = self._counts.popleft() if len(self._counts) >= self.LAG else None
+        if known is None or self._tokens + rows > known.holds_until:  # the first steps, and larger ones, wait
             bound = int(self._within(rows))
         else:
-            count, copied = self._counts.popleft()
-            copied.synchronize()
-            bound = int(count)
+            known.copied.synchronize()
+            bound = int(known.latents)
         if not since.is_cuda:
             return bound
         # Rounded up, by at most an eighth where there are many, so that shapes are few.
@@ -221,13 +238,14 @@ class DeadBound:
 
     def record(self, rows: int) -> None:
         """Count after a step on so many rows, for a later one."""
+        self._tokens += rows
         if not self._dead.tokens_since.is_cuda:
             return
         count = torch.empty((), dtype=torch.int64, pin_memory=True)
         count.copy_(self._within(self.LAG * rows), non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
-        self._counts.append((count, copied))
+        self._counts.append(_Count(count, copied, self._tokens + self.LAG * rows))
 
     def _within(self, tokens: int) -> Tensor:
         """How many latents are dead after so many tokens more, if none of them fires."""
