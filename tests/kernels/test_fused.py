@@ -145,7 +145,11 @@ def test_a_row_that_is_not_finite_does_not_touch_the_others(device: str) -> None
     bad[2, 3], bad[4, 0] = float("nan"), float("inf")
     with kernels(device):
         clean, found = encode.encode_topk(x, weight, bias, 5), encode.encode_topk(bad, weight, bias, 5)
+    with kernels(device):
+        dense = encode.encode_dense_topk(bad, weight, bias, 5)
+    assert dense[2].isnan().sum() == 5
     others = [0, 1, 3, 5]
+    assert torch.isfinite(dense[others]).all()
     assert found.values[2].isnan().all()
     assert torch.equal(found.values[others], clean.values[others])
     assert torch.equal(found.indices[others], clean.indices[others])
@@ -280,6 +284,21 @@ def test_update_in_one_pass_and_in_two(
     assert torch.equal(again, found)
     for first, second in zip(one, two, strict=True):
         torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_layout_that_the_update_cannot_take_is_refused(device: str) -> None:
+    rows = [parameter(shape, device, torch.float32, 0) for shape in ((6, 4), (6,), (6, 4))]
+    turned = rows[2]._replace(weight=rows[2].weight.T.contiguous().T)
+    of = gradient_of(device, torch.float32, 5, 4, 6, 2, hot=False, dead=False)
+    with pytest.raises(ValueError, match="contiguous"):
+        update.update(update.Latents(rows[0], rows[1], turned), of, update.Hyper(torch.ones(3, device=device)))
+
+
+@pytest.mark.gpu
+def test_topk_of_large_integers() -> None:
+    x = torch.tensor([[2**24, 2**24 + 1]], device="cuda")
+    assert topk.topk(x, 1)[1].tolist() == [[1]]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -10,7 +10,9 @@ from sae.initialise import initialise
 from sae.kernels.dispatch import interpreter
 from sae.losses import fvu
 from sae.model import Autoencoder, Identity, ReLU, TopK
+from sae.optimise import DeadLatents
 from sae.schemas.errors import AutoencoderError
+from sae.sparse_step import DeadBound
 from sae.training import StepConfig, TrainStep
 
 N, D, K = 48, 10, 4
@@ -113,6 +115,44 @@ def test_training_equals_a_dense_autograd_implementation(normalize: bool, clip: 
             torch.testing.assert_close(model.state_dict()[name], average, rtol=0, atol=1e-8)
         average = torch.nn.functional.normalize(dense.average["decoder.weight"], dim=0)
         torch.testing.assert_close(model.state_dict()["decoder.weight"], average, rtol=0, atol=1e-8)
+
+
+def test_a_batch_of_no_power_of_two_has_the_loss_of_double_precision() -> None:
+    model = fresh(TopK(K))
+    with torch.no_grad():
+        model.latent_bias[: N // 2] = -1
+    dense, train = DenseTraining(model, CONFIG), TrainStep(model, CONFIG)
+    for x in batches(3, rows=100):
+        assert train.step(x, 0.01)["loss"].item() == pytest.approx(dense.step(x, 0.01)["loss"], rel=1e-10)
+    assert dense.n_aux > 0
+
+
+def test_fvu_does_not_suffer_from_activations_far_from_zero() -> None:
+    x = batches(1, rows=512)[0] + 1000
+    model = Autoencoder(N, D, TopK(K)).double()
+    initialise(model, x, torch.Generator().manual_seed(3))
+    exact = fvu(model(x)[2], x).item()
+    assert TrainStep(model.float(), CONFIG).step(x.float(), 0.0)["fvu"].item() == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_batch_without_rows_is_refused_and_changes_nothing() -> None:
+    train = TrainStep(fresh(TopK(K)), CONFIG)
+    before = copy.deepcopy(train.state_dict())
+    with pytest.raises(ValueError, match="at least one row"):
+        train.step(torch.zeros(0, D, dtype=torch.float64), 0.01)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in train.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_the_bound_on_dead_latents_holds_when_batches_grow() -> None:
+    since = torch.arange(0, 12_000, 20, device="cuda")
+    dead = DeadLatents(since)
+    bound = DeadBound(dead, 10_000)
+    for rows in (128, 128, 4096, 16, 8192):
+        known = bound.next(rows)
+        since += rows
+        assert known >= int(dead.mask(10_000).sum())
+        bound.record(rows)
 
 
 @pytest.mark.parametrize("clip", [None, 0.4])
