@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,7 +24,6 @@ from torch import Tensor
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.order import LatentIndex
-from sae.kernels.scatter import sparse_t_matmul
 
 MAX_FEATURES = 16384
 """A row has to fit in the registers of one program."""
@@ -112,7 +112,7 @@ def gradients(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
 
 
 def apply_gradients(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
-    """Adam on all three, unit norm for the decoder's rows, averages and shadows; in place."""
+    """Adam on all three, unit norm for the decoder's rows, averages and shadows; in place, and grads are used up."""
     if _on_gpu(latents):
         _launch(latents, None, grads, hyper, apply=True)
     else:
@@ -138,13 +138,13 @@ def project_(gradient: Tensor, rows: Tensor) -> None:
 
 @torch.no_grad()
 def adam_(parameter: Parameter, gradient: Tensor, hyper: Hyper) -> None:
-    """One step of Adam on one parameter of any shape, in plain torch, average included; in place."""
+    """One step of Adam on one parameter of any shape, in plain torch; in place, and gradient is used up."""
     step_size, inverse_root, factor = hyper.scalars.unbind()
-    gradient = gradient * factor
+    gradient = gradient.mul_(factor)
     parameter.exp_avg.lerp_(gradient, 1 - BETAS[0])
     parameter.exp_avg_sq.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    denominator = parameter.exp_avg_sq.sqrt().mul_(inverse_root).add_(EPS)
-    parameter.weight.sub_(parameter.exp_avg / denominator * step_size)
+    denominator = torch.sqrt(parameter.exp_avg_sq, out=gradient).mul_(inverse_root).add_(EPS).div_(step_size)
+    parameter.weight.addcdiv_(parameter.exp_avg, denominator, value=-1)
 
 
 @torch.no_grad()
@@ -169,16 +169,29 @@ def _on_gpu(latents: Latents) -> bool:
     return use_triton(latents.encoder.weight) and latents.encoder.weight.shape[1] <= MAX_FEATURES
 
 
-def _indices(of: SparseGradient) -> Tensor:
-    flat = torch.empty_like(of.index.entries)
-    flat[of.index.entries] = of.index.latents.to(torch.int64)
-    return flat.view_as(of.values)
+def _sum_torch(of: SparseGradient, weights: Tensor, dense: Tensor) -> Tensor:
+    """For each latent, the sum over its entries of weights [B, k] times rows of dense [B, c]: [n, c].
+
+    One bag of rows per latent rather than atomic additions: the same bits in every run.
+    """
+    index = of.index
+    return F.embedding_bag(
+        index.entries // weights.shape[1],
+        dense,
+        index.starts,
+        per_sample_weights=weights.flatten()[index.entries].to(dense.dtype),
+        mode="sum",
+        include_last_offset=True,
+    )
+
+
+def _bias_torch(of: SparseGradient) -> Tensor:
+    return _sum_torch(of, of.grads, of.grads.new_ones(len(of.grads), 1)).squeeze(1)
 
 
 def _gradients_torch(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
-    n, indices = len(latents.bias.weight), _indices(of)
-    decoder = sparse_t_matmul(of.values, indices, of.error, n).mul_(of.scale)
-    encoder = sparse_t_matmul(of.grads, indices, of.centred, n).mul_(of.scale)
+    decoder = _sum_torch(of, of.values, of.error).mul_(of.scale)
+    encoder = _sum_torch(of, of.grads, of.centred).mul_(of.scale)
     bias = of.bias
     if of.dead is not None:
         known = of.dead.place >= 0
@@ -195,12 +208,6 @@ def _apply_torch(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
     normalise_rows_(latents.decoder.weight)
     for parameter in latents:
         follow_(parameter, hyper)
-
-
-def _bias_torch(of: SparseGradient) -> Tensor:
-    # A product with ones rather than scatter_add: no atomics, so the same bits in every run.
-    ones = of.grads.new_ones(len(of.grads), 1)
-    return sparse_t_matmul(of.grads, _indices(of), ones, len(of.index.starts) - 1).squeeze(1)
 
 
 class _Sums(NamedTuple):

@@ -141,7 +141,7 @@ class SparseStep:
         pre_bias = column_sum(found.error) * scale - weighted_sum(of.bias, _product(encoder))
         if aux is not None:
             pre_bias += aux.pre_bias
-        squares = self._update(of, pre_bias)
+        norm = self._update(of, pre_bias)
         squared = found.squared_error.sum()
         loss = squared * (config.mse_scale / (rows * d))
         return {
@@ -150,22 +150,23 @@ class SparseStep:
             "fvu": squared / (centred_power.sum() - column_sum(centred).square().sum() / rows),
             "l0": (values > 0).sum() / rows,
             "dead": self._dead.mask(config.dead_after_tokens).float().mean(),
-            "grad_norm": (squares + pre_bias.square().sum()).sqrt(),
+            "grad_norm": norm,
         }
 
     def _update(self, of: SparseGradient, pre_bias: Tensor) -> Tensor:
-        """Move all parameters; returns the squared norm of the latents' gradients."""
+        """Move all parameters; returns the global norm of the gradients."""
         hyper = Hyper(self._scalars, 1 - self._ema.decay if self._ema is not None else 0.0)
+        squares = pre_bias.square().sum()
         if self._optimiser.clip is None:
-            squares = update(self._latents, of, hyper).sum()
+            norm = (update(self._latents, of, hyper).sum() + squares).sqrt()
         else:
             dense, by_latent = gradients(self._latents, of)
-            squares = by_latent.sum()
-            hyper = self._optimiser.clipped(hyper, (squares + pre_bias.square().sum()).sqrt())
+            norm = (by_latent.sum() + squares).sqrt()
+            hyper = self._optimiser.clipped(hyper, norm)
             apply_gradients(self._latents, dense, hyper)
         adam_(self._pre_bias, pre_bias, hyper)
         follow_(self._pre_bias, hyper)
-        return squares
+        return norm
 
     def _auxk(self, centred: Tensor, error: Tensor, room: int) -> Aux:
         """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
