@@ -95,6 +95,13 @@ def clock(work: Work, device: torch.device, calls: int = 1, head_start: bool = F
     return float(start.elapsed_time(end)) / calls
 
 
+def seconds(work: Work) -> float:
+    """Wall time of one call that ends with its result on the host."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def _prepare(make: Callable[[], Work], device: torch.device) -> tuple[Work, int] | Skipped:
     """A contender warmed up, and how many of its calls make a sample."""
     try:

@@ -10,14 +10,13 @@ import importlib.util
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks._timing import seconds
 from benchmarks.harvest import subjects
 from sae.jobs import checkpoints, contexts, runs, tokenize
 from sae.jobs.encode import Encoder
@@ -94,12 +93,6 @@ def measure(config: Run, args: argparse.Namespace) -> dict[str, float]:
     # The first run warms both up.
     fast, base = tokens / statistics.median(ours[1:]), tokens / statistics.median(theirs[1:])
     return {"encode_tok_s": round(fast), "bare_tok_s": round(base), "ratio": round(fast / base, 3)}
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

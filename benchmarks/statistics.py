@@ -7,12 +7,12 @@ process; times are wall times, as the last thing that either does is to wait for
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from benchmarks._timing import seconds
 from sae.device_statistics import DeviceRun
 from sae.statistics import Columns, SortedRun
 from tests.latent_rows import power_law_rows, tables
@@ -47,12 +47,6 @@ def measure(rows: Sequence[Tensor], rounds: int) -> dict[str, float]:
     # The first round warms both up.
     medians = {name: round(statistics.median(taken[1:]), 4) for name, taken in times.items()}
     return {"rows": len(rows[0]), **medians, "speedup": round(medians["numpy_s"] / medians["device_s"], 2)}
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

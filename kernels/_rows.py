@@ -7,6 +7,15 @@ from torch import Tensor
 
 WIDTHS = (512, 256, 128)
 
+MAX_FEATURES = 16384
+"""The widest row that fits in the registers of one program."""
+
+
+def whole_row(d: int) -> tuple[int, int]:
+    """Return block and warps of a program that holds a row of d features."""
+    block = int(triton.next_power_of_2(d))
+    return block, max(1, min(16, block // 256))
+
 
 def block_width(d: int) -> int:
     """Return the columns of a tile: the width that leaves the fewest lanes idle, the wider of equals."""

@@ -10,11 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._rows import MAX_FEATURES, whole_row
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
-
-MAX_FEATURES = 16384
-"""A row has to fit in the registers of one program."""
 
 
 def aux_error(recons: Tensor, error: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +48,8 @@ def _aux_error_triton(recons: Tensor, error: Tensor, bias: Tensor) -> tuple[Tens
     loss = torch.empty(rows, dtype=torch.float32, device=recons.device)
     grad = torch.empty_like(recons)
     if rows:
-        block = triton.next_power_of_2(d)
-        _aux_error_kernel[(rows,)](recons, error, bias, loss, grad, d, block, num_warps=max(1, min(16, block // 256)))
+        block, warps = whole_row(d)
+        _aux_error_kernel[(rows,)](recons, error, bias, loss, grad, d, block, num_warps=warps)
     return loss, grad
 
 
@@ -75,7 +73,7 @@ COMPILED = [
         _aux_error_kernel,
         f"*{dtype}, *{dtype}, *fp32, *fp32, *{dtype}, i32:16",
         {"BLOCK": block},
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=whole_row(block)[1],
     )
     for dtype in ("bf16", "fp32")
     for block in (1024, 4096)

@@ -11,11 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._rows import MAX_FEATURES, whole_row
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
-
-MAX_FEATURES = 16384
-"""A row has to fit in the registers of one program."""
 
 
 class Centred(NamedTuple):
@@ -58,10 +56,10 @@ def _centre_triton(x: Tensor, bias: Tensor, eps: float | None, dtype: torch.dtyp
     centred = torch.empty(rows, d, dtype=dtype, device=x.device)
     power, centred_power = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
-        block = triton.next_power_of_2(d)
+        block, warps = whole_row(d)
         _centre_kernel[(rows,)](
             x, bias, centred, power, centred_power, d, eps or 0.0, eps is not None, block,
-            num_warps=max(1, min(16, block // 256)),
+            num_warps=warps,
         )  # fmt: skip
     return Centred(centred, power, centred_power)
 
@@ -88,7 +86,7 @@ COMPILED = [
         _centre_kernel,
         f"*{given}, *fp32, *{dtype}, *fp32, *fp32, i32:16, fp32",
         {"NORMALISE": True, "BLOCK": block},
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=whole_row(block)[1],
     )
     for given, dtype in (("bf16", "bf16"), ("fp32", "fp32"))
     for block in (1024, 4096)

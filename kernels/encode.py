@@ -7,6 +7,8 @@ groups from the maxima and looks into those only.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,11 @@ from sae.kernels.topk import GROUP, Selected, keep_topk, select, topk
 
 SCRATCH_BYTES = 2**31
 """Pre-activations are held for so many rows at a time as fit in here."""
+
+# Measured on an H200 (benchmarks/results); the second was never measured on an A100.
+PERSISTENT = {"BM": 128, "BN": 256, "BK": 64, "GROUP": GROUP, "BAND": 8}
+BY_POINTERS = {"BM": 128, "BN": 128, "GROUP": GROUP, "BAND": 8}
+LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
 
 
 def encode_dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
@@ -95,13 +102,16 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
     if _has_tensor_copies(x, weight):
         _persistent(x, weight, bias, out, maxima)
         return out, maxima
-    bm, bn, bk = 128, 128, 64 if x.dtype != torch.float32 else 32
-    grid = (triton.cdiv(rows, bm) * triton.cdiv(width, bn),)
-    _pre_activations_kernel[grid](
-        x, weight, bias, out, maxima, rows, n, width, d, BM=bm, BN=bn, BK=bk, GROUP=GROUP, BAND=8,
-        num_warps=8, num_stages=3,
-    )  # fmt: skip
+    tiles = triton.cdiv(rows, BY_POINTERS["BM"]) * triton.cdiv(width, BY_POINTERS["BN"])
+    _pre_activations_kernel[(tiles,)](
+        x, weight, bias, out, maxima, rows, n, width, d, **BY_POINTERS, BK=_depth(x.element_size()), **LAUNCH
+    )
     return out, maxima
+
+
+def _depth(element_bytes: int) -> int:
+    """Features of a tile: 128 bytes."""
+    return 128 // element_bytes
 
 
 def _has_tensor_copies(x: Tensor, weight: Tensor) -> bool:
@@ -115,12 +125,12 @@ def _has_tensor_copies(x: Tensor, weight: Tensor) -> bool:
 
 
 def _persistent(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, maxima: Tensor) -> None:
-    bm, bn, bk = 128, 256, 64
+    bm, bn, bk = (PERSISTENT[name] for name in ("BM", "BN", "BK"))
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     _pre_activations_persistent_kernel[(programs,)](
         _described(x, [bm, bk]), _described(weight, [bn, bk]), bias, _described(out, [bm, bn]), maxima,
         len(x), len(weight), out.shape[1], x.shape[1],
-        BM=bm, BN=bn, BK=bk, GROUP=GROUP, BAND=8, PROGRAMS=programs, num_warps=8, num_stages=3,
+        **PERSISTENT, PROGRAMS=programs, **LAUNCH,
     )  # fmt: skip
 
 
@@ -201,19 +211,17 @@ COMPILED = [
         Compiled(
             _pre_activations_kernel,
             f"*{dtype}, *{dtype}, *fp32, *{dtype}, *{dtype}, i32:16, i32:16, i32:16, i32:16",
-            {"BM": 128, "BN": 128, "BK": bk, "GROUP": GROUP, "BAND": 8},
-            num_warps=8,
-            num_stages=3,
+            {**BY_POINTERS, "BK": _depth(element_bytes)},
+            **LAUNCH,
         )
-        for dtype, bk in (("bf16", 64), ("fp16", 64), ("fp32", 32))
+        for dtype, element_bytes in (("bf16", 2), ("fp16", 2), ("fp32", 4))
     ),
     Compiled(
         _pre_activations_persistent_kernel,
-        "tensordesc<bf16[128, 64]>, tensordesc<bf16[256, 64]>, *fp32, tensordesc<bf16[128, 256]>, *bf16, "
-        "i32:16, i32:16, i32:16, i32:16",
-        {"BM": 128, "BN": 256, "BK": 64, "GROUP": GROUP, "BAND": 8, "PROGRAMS": 132},
-        num_warps=8,
-        num_stages=3,
+        "tensordesc<bf16[{BM}, {BK}]>, tensordesc<bf16[{BN}, {BK}]>, *fp32, tensordesc<bf16[{BM}, {BN}]>, *bf16, "
+        "i32:16, i32:16, i32:16, i32:16".format(**PERSISTENT),
+        {**PERSISTENT, "PROGRAMS": 132},
+        **LAUNCH,
         capabilities=(90,),
     ),
 ]

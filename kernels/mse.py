@@ -101,41 +101,30 @@ def _tile(batch, d, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _mse_kernel(
-    recons_ptr,
-    x_ptr,
-    partial_ptr,
-    batch,
-    d,
-    recons_stride,
-    x_stride,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
-    rows, columns, mask = _tile(batch, d, TILE_ROWS, TILE_COLUMNS)
+def _differences(recons_ptr, x_ptr, rows, columns, recons_stride, x_stride, mask):
     recons = tl.load(recons_ptr + rows * recons_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum((recons - x) * (recons - x), axis=1), axis=0))
+    return recons - tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _mse_kernel(
+    recons_ptr, x_ptr, partial_ptr, batch, d, recons_stride, x_stride,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows, columns, mask = _tile(batch, d, TILE_ROWS, TILE_COLUMNS)
+    error = _differences(recons_ptr, x_ptr, rows, columns, recons_stride, x_stride, mask)
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(error * error, axis=1), axis=0))
 
 
 @triton.jit
 def _gradient_kernel(
-    recons_ptr,
-    x_ptr,
-    out_ptr,
-    scale_ptr,
-    batch,
-    d,
-    recons_stride,
-    x_stride,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
-):
+    recons_ptr, x_ptr, out_ptr, scale_ptr, batch, d, recons_stride, x_stride,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
     rows, columns, mask = _tile(batch, d, TILE_ROWS, TILE_COLUMNS)
-    recons = tl.load(recons_ptr + rows * recons_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    out = (recons - x) * tl.load(scale_ptr)
-    tl.store(out_ptr + rows * d + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
+    error = _differences(recons_ptr, x_ptr, rows, columns, recons_stride, x_stride, mask)
+    out = (error * tl.load(scale_ptr)).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows * d + columns, out, mask=mask)
 
 
 COMPILED = [

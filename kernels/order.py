@@ -6,6 +6,7 @@ Shapes: B rows, k latents per row, n latents in all.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -29,3 +30,19 @@ def latent_index(indices: Tensor, n: int) -> LatentIndex:
     latents, entries = indices.flatten().to(torch.int16 if small else torch.int32).sort(stable=True)
     every = torch.arange(n + 1, dtype=latents.dtype, device=latents.device)
     return LatentIndex(latents, entries, torch.searchsorted(latents, every))
+
+
+def segment_sums(rows: Tensor, weights: Tensor, starts: Tensor, dense: Tensor) -> Tensor:
+    """Sum weights[e] * dense[rows[e]] over the entries starts[i] <= e < starts[i + 1] of each latent: [n, d].
+
+    The plain twin of what the kernels do with an index. A bag of rows is summed by one thread in a fixed order: the
+    same bits with any number of threads.
+    """
+    return F.embedding_bag(
+        rows,
+        dense.contiguous(),
+        starts,
+        per_sample_weights=weights.to(dense.dtype),
+        mode="sum",
+        include_last_offset=True,
+    )

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._rows import MAX_FEATURES, whole_row
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.sampled import sampled_matmul
 
-MAX_FEATURES = 16384
-"""A row has to fit in the registers of one program."""
+TILE_ENTRIES = 8192  # features of all rows that a program takes together
 
 
 class Reconstruction(NamedTuple):
@@ -65,13 +65,29 @@ def _reconstruct_triton(values: Tensor, indices: Tensor, weight: Tensor, target:
     grads = torch.empty(rows, k, dtype=torch.float32, device=weight.device)
     squared = torch.empty(rows, dtype=torch.float32, device=weight.device)
     if rows:
-        block = triton.next_power_of_2(d)
-        tile = max(1, min(triton.next_power_of_2(k), 8192 // block))
+        block, warps = whole_row(d)
+        tile = max(1, min(triton.next_power_of_2(k), TILE_ENTRIES // block))
         _reconstruct_kernel[(rows,)](
             values.contiguous(), indices.contiguous(), weight, target.contiguous(),
-            error, grads, squared, d, k, tile, block, num_warps=max(1, min(16, block // 256)),
+            error, grads, squared, d, k, tile, block, num_warps=warps,
         )  # fmt: skip
     return Reconstruction(error, grads, squared)
+
+
+@triton.jit
+def _gathered(
+    values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """From entry first on: where they are, which of them exist, their values [TILE] and rows [TILE, BLOCK]."""
+    feature = tl.arange(0, BLOCK)
+    slot = first + tl.arange(0, TILE)
+    at = row * k + slot
+    given = slot < k
+    value = tl.load(values_ptr + at, mask=given, other=0.0).to(tl.float32)
+    latent = tl.load(indices_ptr + at, mask=given, other=0).to(tl.int64)
+    wanted = given[:, None] & (feature < d)[None, :]
+    rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+    return at, given, value, rows
 
 
 @triton.jit
@@ -82,36 +98,27 @@ def _reconstruct_kernel(
     row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
     inside = feature < d
-    slot = tl.arange(0, TILE)
-    target = tl.load(target_ptr + row * d + feature, mask=inside, other=0.0).to(tl.float32)
     recons = tl.zeros([BLOCK], tl.float32)
     for first in range(0, k, TILE):
-        given = first + slot < k
-        value = tl.load(values_ptr + row * k + first + slot, mask=given, other=0.0).to(tl.float32)
-        latent = tl.load(indices_ptr + row * k + first + slot, mask=given, other=0).to(tl.int64)
-        wanted = given[:, None] & inside[None, :]
-        rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+        at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
         recons += tl.sum(value[:, None] * rows, axis=0)
+    target = tl.load(target_ptr + row * d + feature, mask=inside, other=0.0).to(tl.float32)
     error = tl.where(inside, recons - target, 0.0)
     tl.store(error_ptr + row * d + feature, error.to(error_ptr.dtype.element_ty), mask=inside)
     tl.store(squared_ptr + row, tl.sum(error * error, axis=0))
     # The same rows again, now from the nearest cache.
     for first in range(0, k, TILE):
-        given = first + slot < k
-        value = tl.load(values_ptr + row * k + first + slot, mask=given, other=0.0).to(tl.float32)
-        latent = tl.load(indices_ptr + row * k + first + slot, mask=given, other=0).to(tl.int64)
-        wanted = given[:, None] & inside[None, :]
-        rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
+        at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
         grad = tl.sum(error[None, :] * rows, axis=1)
-        tl.store(grads_ptr + row * k + first + slot, tl.where(value > 0, grad, 0.0), mask=given)
+        tl.store(grads_ptr + at, tl.where(value > 0, grad, 0.0), mask=given)
 
 
 COMPILED = [
     Compiled(
         _reconstruct_kernel,
         f"*fp32, *i32, *{dtype}, *{dtype}, *{dtype}, *fp32, *fp32, i32:16, i32:16",
-        {"TILE": 8192 // block, "BLOCK": block},
-        num_warps=block // 256,
+        {"TILE": TILE_ENTRIES // block, "BLOCK": block},
+        num_warps=whole_row(block)[1],
     )
     for dtype in ("bf16", "fp32")
     for block in (1024, 4096)

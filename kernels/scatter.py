@@ -10,7 +10,6 @@ everywhere has a long segment: its whole aligned chunks of CHUNK entries are sum
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from sae.kernels._rows import WIDTHS, add_rows, block_width, with_rows_in_memory
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
+from sae.kernels.order import segment_sums
 
 CHUNK = 128  # entries; a program of the second pass walks at most 2 * CHUNK of them, and m / CHUNK chunks
 ROWS = 8  # in flight at once: most segments are short
@@ -101,19 +101,7 @@ def _by_latent(indices: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 def _sum_segments(entries: _Entries, dense: Tensor) -> Tensor:
     if use_triton(*entries, dense):
         return _sum_segments_triton(entries, dense)
-    return _sum_segments_torch(entries, dense)
-
-
-def _sum_segments_torch(entries: _Entries, dense: Tensor) -> Tensor:
-    # A bag is summed by one thread in a fixed order: the same bits with any number of threads.
-    return F.embedding_bag(
-        entries.rows.long(),
-        dense.contiguous(),
-        entries.starts,
-        per_sample_weights=entries.values.to(dense.dtype),
-        mode="sum",
-        include_last_offset=True,
-    )
+    return segment_sums(entries.rows.long(), entries.values, entries.starts, dense)
 
 
 def _sum_segments_triton(entries: _Entries, dense: Tensor) -> Tensor:

@@ -16,17 +16,14 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._rows import MAX_FEATURES, whole_row
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
-from sae.kernels.order import LatentIndex
-
-MAX_FEATURES = 16384
-"""A row has to fit in the registers of one program."""
+from sae.kernels.order import LatentIndex, segment_sums
 
 CHUNK = 64
 """Entries summed beforehand where a whole aligned chunk is of one latent."""
@@ -43,6 +40,12 @@ class Parameter(NamedTuple):
     exp_avg_sq: Tensor
     average: Tensor | None = None
     shadow: Tensor | None = None
+
+    @property
+    def T(self) -> "Parameter":
+        """The same parameter, stored as [d, n], seen as [n, d]."""
+        average, shadow = (None if t is None else t.T for t in (self.average, self.shadow))
+        return Parameter(self.weight.T, self.exp_avg.T, self.exp_avg_sq.T, average, shadow)
 
 
 class Latents(NamedTuple):
@@ -170,19 +173,9 @@ def _on_gpu(latents: Latents) -> bool:
 
 
 def _sum_torch(of: SparseGradient, weights: Tensor, dense: Tensor) -> Tensor:
-    """For each latent, the sum over its entries of weights [B, k] times rows of dense [B, c]: [n, c].
-
-    One bag of rows per latent rather than atomic additions: the same bits in every run.
-    """
-    index = of.index
-    return F.embedding_bag(
-        index.entries // weights.shape[1],
-        dense,
-        index.starts,
-        per_sample_weights=weights.flatten()[index.entries].to(dense.dtype),
-        mode="sum",
-        include_last_offset=True,
-    )
+    """For each latent, the sum over its entries of weights [B, k] times rows of dense [B, c]: [n, c]."""
+    entries = of.index.entries
+    return segment_sums(entries // weights.shape[1], weights.flatten()[entries], of.index.starts, dense)
 
 
 def _bias_torch(of: SparseGradient) -> Tensor:
@@ -285,8 +278,8 @@ def _launch(
 
 def _shape(d: int) -> tuple[int, int, int]:
     """Block of features, entries taken together, and warps for rows of d."""
-    block = triton.next_power_of_2(d)
-    return block, max(1, min(4, 16384 // block)), max(1, min(16, block // 256))
+    block, warps = whole_row(d)
+    return block, max(1, min(4, MAX_FEATURES // block)), warps
 
 
 @triton.jit

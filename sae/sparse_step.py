@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from sae.activations import ReLU, TopK
-from sae.graphs import Replay
 from sae.kernels.aux_error import aux_error
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
@@ -23,7 +22,6 @@ from sae.kernels.encode import encode_dense_topk, encode_topk
 from sae.kernels.order import latent_index
 from sae.kernels.reconstruct import reconstruct
 from sae.kernels.update import (
-    MAX_FEATURES,
     DeadGradients,
     Hyper,
     Latents,
@@ -51,7 +49,6 @@ class StepConfig:
     l1_coef: weight of the normalised L1 loss; dense activations only
     clip: largest global gradient norm, or None
     ema_decay: decay of the weights' moving average per step, or None
-    graphs: launch the kernels of a step together as a CUDA graph; not yet the default, as it was never measured
     """
 
     mse_scale: float = 1.0
@@ -61,7 +58,6 @@ class StepConfig:
     l1_coef: float = 0.0
     clip: float | None = None
     ema_decay: float | None = 0.999
-    graphs: bool = False
 
 
 class Aux(NamedTuple):
@@ -93,12 +89,10 @@ class SparseStep:
         self._latents = Latents(
             self._parameter("encoder.weight", shadowed=True),
             self._parameter("latent_bias"),
-            _by_row(self._parameter("decoder.weight", shadowed=True)),
+            self._parameter("decoder.weight", shadowed=True).T,
         )
         self._pre_bias = self._parameter("pre_bias")
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
-        graphs = config.graphs and self._dtype == torch.bfloat16 and autoencoder.d_model <= MAX_FEATURES
-        self._run = Replay(self._train) if graphs else self._train
 
     def refresh(self) -> None:
         """Say that weights or statistics were changed from outside."""
@@ -115,7 +109,7 @@ class SparseStep:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             room = self._bound.next(len(x)) if self._config.auxk else 0
             self._scalars.copy_(self._optimiser.advance(lr))
-            metrics = self._run(x, room)
+            metrics = self._train(x, room)
             if self._config.auxk:
                 self._bound.record(len(x))
         if self._ema is not None:
@@ -172,12 +166,11 @@ class SparseStep:
         """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
         config, n = self._config, self._model.n_latents
         mask = self._dead.mask(config.dead_after_tokens)
-        # Every dead latent gets a place below room; what is left of it counts as n, a latent that never wins.
+        # Every dead latent gets a place below room; what is left of it holds latent 0, with a bias that never wins.
         place = torch.where(mask, mask.cumsum(0) - 1, room)
-        ids = torch.full((room + 1,), n, device=mask.device)
-        ids = ids.scatter_(0, place, torch.arange(n, device=mask.device))[:room]
+        every = torch.arange(n, device=mask.device)
+        ids = torch.zeros(room + 1, dtype=every.dtype, device=mask.device).scatter_(0, place, every)[:room]
         real = torch.arange(room, device=mask.device) < mask.sum()
-        ids = torch.where(real, ids, 0)
         encoder, decoder = _product(self._latents.encoder)[ids], _product(self._latents.decoder)[ids]
         bias = torch.where(real, self._latents.bias.weight[ids], -torch.inf)
         dense = encode_dense_topk(centred, encoder, bias, min(config.auxk, room))
@@ -263,8 +256,3 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
 def _product(parameter: Parameter) -> Tensor:
     """The weight in the type of products."""
     return parameter.weight if parameter.shadow is None else parameter.shadow
-
-
-def _by_row(parameter: Parameter) -> Parameter:
-    """A parameter stored as [d, n], as [n, d]."""
-    return Parameter(*(t.T if t is not None else None for t in parameter))  # type: ignore[arg-type]
