@@ -34,7 +34,9 @@ def state_of(snapshot: Snapshot, name: str) -> dict[str, Any]:
 
 
 # What may differ between the command that began a training and one that continues it.
-_MAY_CHANGE: Final = {"tokens", "checkpoint_tokens", "keep_checkpoints", "log_to", "validation_tokens"}
+_MAY_CHANGE: Final = {
+    "tokens", "checkpoint_tokens", "keep_checkpoints", "log_to", "validation_tokens", "max_failures", "lanes",
+}  # fmt: skip
 
 
 def made_with(config: Run) -> dict[str, Any]:
@@ -51,7 +53,7 @@ def made_with(config: Run) -> dict[str, Any]:
 def check_made_with(state: dict[str, Any], config: Run, concerns: Callable[[str], bool]) -> None:
     """Raises ConfigError where a key that concerns the caller is not what the autoencoder was trained with."""
     for key, value in made_with(config).items():
-        trained = state["made_with"].get(key)
+        trained = state["made_with"].get(key, value)  # a key that came later had its default's meaning
         if concerns(key) and trained != value:
             raise ConfigError(
                 f"{key}: autoencoder {config.autoencoder.name} of {config.lake} is trained with {trained}, now it is "

@@ -68,10 +68,16 @@ class Training(_Section):
     batch_tokens: Annotated[int, Field(ge=2)] = 131_072
     lr: float = Field(1e-4, gt=0)
     warmup_tokens: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="course of the learning rate after the warm-up; linear and cosine end at zero"
+    )
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="last part of the run over which the learning rate falls to zero"
+        0.0, description="last part of the run over which a constant learning rate falls to zero"
     )
     auxk_coef: float = Field(1 / 32, ge=0)
+    multi_topk_coef: float = Field(
+        0.0, ge=0, description="weight of the loss with four times k latents (1/8 in the paper); 0: none"
+    )
     l1_coef: float = Field(0.0, ge=0, description="weight of the L1 loss; for activation relu")
     dead_tokens: Count = Field(10_000_000, description="tokens without firing after which a latent is dead")
     ema: Fraction = 0.999
@@ -79,10 +85,18 @@ class Training(_Section):
     source: Literal["live", "cached"] = "live"
     buffer_tokens: Count = Field(262_144, description="tokens that are shuffled together")
     harvest_batch: Count = Field(16, description="contexts in one forward pass of the subject")
+    lanes: Count | None = Field(
+        None,
+        description="parts of the corpus that are read beside each other, for each rank to take some; as many as "
+        "ranks where absent. A training keeps those that it began with",
+    )
     validation: Fraction = Field(0.02, description="part of the documents held out of training")
     validation_tokens: Count = 16_384
     checkpoint_tokens: Count = 10_000_000
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = Field(2, description="last checkpoints that are kept, beside the best one")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="how often lost workers or nodes are replaced before the training gives up"
+    )
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
@@ -118,8 +132,9 @@ class Export(_Section):
 
 class Cluster(_Section):
     address: str = Field("local", description="local, auto, or the address of a Ray head")
-    tp: Literal[1] = 1
-    dp: Literal[1] = 1
+    tp: Count = Field(1, description="workers that share the latents of one autoencoder")
+    dp: Count = Field(1, description="workers, or groups of tp, that share the rows of a batch")
+    timeout_s: float = Field(60.0, gt=0, description="after which a worker stops waiting for another one")
     gpus_per_worker: float | None = Field(
         None, ge=0, description="GPUs of each worker; where absent, one if the cluster has any as the step begins"
     )
@@ -135,6 +150,9 @@ class Run(_Section):
     subject: Subject
     corpus: Corpus
     autoencoder: Autoencoder
+    autoencoders: Annotated[tuple[Autoencoder, ...], Field(min_length=1)] = Field(
+        (), description="several to train from the same batches, in the place of autoencoder"
+    )
     training: Training = Training()
     encode: Encode = Encode()
     compact: Compact = Compact()
@@ -142,22 +160,57 @@ class Run(_Section):
     export: Export = Export()
     cluster: Cluster = Cluster()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, values: Any) -> Any:
+        """`autoencoder` is the first of `autoencoders`, whichever of the two is given."""
+        if not isinstance(values, dict) or not values.get("autoencoders"):
+            return values
+        if "autoencoder" in values:
+            raise ValueError("autoencoder and autoencoders are both given; give one of them")
+        several = values["autoencoders"]
+        return {**values, "autoencoder": several[0]} if isinstance(several, list | tuple) else values
+
+    def each(self) -> list["Run"]:
+        """The same run for each of its autoencoders alone."""
+        several = self.autoencoders or (self.autoencoder,)
+        return [self.model_copy(update={"autoencoder": one, "autoencoders": ()}) for one in several]
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        names = [one.name for one in self.autoencoders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"autoencoders: the names {', '.join(names)} are not all different; rename one")
+        self._check_mesh()
         kept = set(range(self.corpus.context_length)) - set(self.subject.masked_positions)
         if not kept:
             raise ValueError(
                 f"subject.masked_positions {list(self.subject.masked_positions)} leaves no token of a context of "
                 f"{self.corpus.context_length}; mask fewer positions"
             )
-        if self.autoencoder.activation == "topk" and self.training.l1_coef > 0:
+        activations = {one.activation for one in self.autoencoders or (self.autoencoder,)}
+        if "topk" in activations and self.training.l1_coef > 0:
             raise ValueError("training.l1_coef is for autoencoder.activation relu; with topk it must be 0")
+        if "relu" in activations and self.training.multi_topk_coef > 0:
+            raise ValueError("training.multi_topk_coef is for autoencoder.activation topk; with relu it must be 0")
         if self.training.batch_tokens > self.training.tokens:
             raise ValueError(
                 f"training.batch_tokens is {self.training.batch_tokens}, more than training.tokens "
                 f"{self.training.tokens}; lower it or train on more tokens"
             )
         return self
+
+    def _check_mesh(self) -> None:
+        tp, dp, batch = self.cluster.tp, self.cluster.dp, self.training.batch_tokens
+        for one in self.autoencoders or (self.autoencoder,):
+            if one.n_latents % (tp * dp):
+                raise ValueError(
+                    f"cluster.tp {tp} times cluster.dp {dp} does not divide n_latents {one.n_latents} of {one.name}; "
+                    "choose n_latents a multiple of it"
+                )
+        for parts, of in ((tp * dp, "cluster.tp times cluster.dp"), (self.training.lanes or 1, "training.lanes")):
+            if batch % parts:
+                raise ValueError(f"training.batch_tokens: {batch} is not divisible by {of}, {parts}; make it so")
 
 
 def parse(text: str, overrides: Sequence[tuple[str, str]] = (), source: str = "config") -> Run:

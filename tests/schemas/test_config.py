@@ -69,7 +69,7 @@ def test_a_config_is_not_changed_after_validation() -> None:
         ("encode.bin_width", "-1", ["got -1", "greater than 0"]),
         ("encode.examples", "1001", ["got 1001", "less than or equal to 1000"]),
         ("cluster.encode_actors", "0", ["got 0", "greater than or equal to 1"]),
-        ("cluster.tp", "2", ["got 2", "expected 1"]),
+        ("cluster.tp", "0", ["got 0", "greater than or equal to 1"]),
         ("seed", "-1", ["got -1", "greater than or equal to 0"]),
     ],
 )
@@ -144,3 +144,44 @@ def test_an_override_below_a_value_is_told(key: str) -> None:
 
 def test_an_override_that_is_no_yaml_is_told() -> None:
     assert fault(("corpus.id", "[")) == "--corpus.id: '[' is not a valid YAML value; quote it"
+
+
+def several(*shapes: dict[str, Any]) -> str:
+    rest = {key: value for key, value in GOOD.items() if key != "autoencoder"}
+    return yaml.safe_dump({**rest, "autoencoders": list(shapes)})
+
+
+def test_several_autoencoders_are_one_run_each() -> None:
+    shapes = {"name": "small", "n_latents": 64, "k": 4}, {"name": "large", "n_latents": 128, "k": 8}
+    run = parse_with(text=several(*shapes))
+    assert [(one.autoencoder.name, one.autoencoder.n_latents, one.autoencoders) for one in run.each()] == [
+        ("small", 64, ()),
+        ("large", 128, ()),
+    ]
+    assert [one.autoencoder for one in parse_with().each()] == [parse_with().autoencoder]
+
+
+def test_several_autoencoders_that_cannot_be_told_apart_are_refused() -> None:
+    shape = {"name": "small", "n_latents": 64, "k": 4}
+    assert "the names small, small are not all different" in fault(text=several(shape, shape))
+    both = yaml.safe_dump({**GOOD, "autoencoders": [shape]})
+    assert "autoencoder and autoencoders are both given" in fault(text=both)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            {"cluster.tp": "3", "training.batch_tokens": "96"},
+            "cluster.tp 3 times cluster.dp 1 does not divide n_latents",
+        ),
+        (
+            {"cluster.dp": "2", "training.batch_tokens": "97"},
+            "training.batch_tokens: 97 is not divisible by cluster.tp",
+        ),
+        ({"training.lanes": "5", "training.batch_tokens": "64"}, "64 is not divisible by training.lanes, 5"),
+        ({"training.multi_topk_coef": "0.1", "autoencoder.activation": "relu"}, "training.multi_topk_coef is for"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_work_is_refused(overrides: dict[str, str], expected: str) -> None:
+    assert expected in fault(*overrides.items())
