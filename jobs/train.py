@@ -22,7 +22,7 @@ from sae.jobs.loggers import Logger
 from sae.jobs.stream import TokenStream, held_out
 from sae.metrics import reconstruction
 from sae.model import Autoencoder
-from sae.optimise import learning_rate
+from sae.schedule import learning_rate
 from sae.schemas.config import Run
 from sae.schemas.errors import AutoencoderError, ConflictError, CorpusError, IncompleteError
 from sae.schemas.tables import METRICS
@@ -207,6 +207,7 @@ class Trainer:
             training.batch_tokens,
             total_tokens=training.tokens,
             peak=training.lr,
+            schedule=training.schedule,
             warmup_tokens=training.warmup_tokens,
             decay_fraction=training.decay_fraction,
         )

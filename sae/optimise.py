@@ -14,27 +14,7 @@ from sae.devices import send
 from sae.kernels.update import BETAS, Hyper, Parameter, adam_, normalise_rows_, project_
 from sae.model import Autoencoder, check_tensors
 
-__all__ = ["EMA", "DeadLatents", "Optimiser", "copy_tensors_", "learning_rate", "normalise_rows_"]
-
-
-def learning_rate(
-    tokens_seen: int,
-    batch_tokens: int,
-    *,
-    total_tokens: int,
-    peak: float,
-    warmup_tokens: int = 0,
-    decay_fraction: float = 0.0,
-) -> float:
-    """Learning rate of the step that trains on tokens_seen..tokens_seen + batch_tokens.
-
-    Linear warm-up over warmup_tokens, constant, then linear decay over the last decay_fraction of
-    total_tokens. Never zero before total_tokens, so no batch is wasted.
-    """
-    warm = min(1.0, (tokens_seen + batch_tokens) / warmup_tokens) if warmup_tokens > 0 else 1.0
-    decay_tokens = decay_fraction * total_tokens
-    left = max(0, total_tokens - tokens_seen)
-    return peak * min(warm, left / decay_tokens if decay_tokens > 0 else 1.0, 1.0)
+__all__ = ["EMA", "DeadLatents", "Optimiser", "copy_tensors_", "normalise_rows_"]
 
 
 class Optimiser:

@@ -1,10 +1,8 @@
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sae.model import Autoencoder, TopK
-from sae.optimise import EMA, DeadLatents, Optimiser, learning_rate, normalise_rows_
+from sae.optimise import EMA, DeadLatents, Optimiser, normalise_rows_
 from sae.schemas.errors import AutoencoderError
 
 
@@ -125,26 +123,3 @@ def test_dead_latents_count_tokens_since_a_positive_value() -> None:
     dead.update(indices, torch.tensor([[0.0, 1e-9], [0.0, 0.0]]), n_rows=2)
     assert dead.tokens_since.tolist() == [2, 0, 4, 4]
     assert dead.mask(2).tolist() == [False, False, True, True]
-
-
-def test_the_learning_rate_warms_up_stays_and_decays() -> None:
-    def at(tokens: int) -> float:
-        return learning_rate(tokens, 10, total_tokens=1000, peak=2.0, warmup_tokens=100, decay_fraction=0.2)
-
-    assert at(0) == pytest.approx(0.2)
-    assert at(90) == at(500) == at(800) == 2.0
-    assert at(900) == pytest.approx(1.0)
-    assert at(990) == pytest.approx(0.1)
-
-
-@given(
-    tokens=st.integers(0, 10**6 - 1),
-    warmup=st.integers(0, 10**6),
-    decay=st.floats(0, 1),
-    batch=st.integers(1, 10**5),
-)
-def test_the_learning_rate_is_positive_and_never_above_its_peak(
-    tokens: int, warmup: int, decay: float, batch: int
-) -> None:
-    rate = learning_rate(tokens, batch, total_tokens=10**6, peak=1e-3, warmup_tokens=warmup, decay_fraction=decay)
-    assert 0 < rate <= 1e-3
