@@ -193,6 +193,11 @@ class Run(_Section):
             raise ValueError("training.l1_coef is for autoencoder.activation relu; with topk it must be 0")
         if "relu" in activations and self.training.multi_topk_coef > 0:
             raise ValueError("training.multi_topk_coef is for autoencoder.activation topk; with relu it must be 0")
+        if self.training.decay_fraction > 0 and self.training.schedule != "constant":
+            raise ValueError(
+                f"training.decay_fraction is for training.schedule constant; {self.training.schedule} falls over the "
+                "whole run by itself, with it decay_fraction must be 0"
+            )
         if self.training.batch_tokens > self.training.tokens:
             raise ValueError(
                 f"training.batch_tokens is {self.training.batch_tokens}, more than training.tokens "

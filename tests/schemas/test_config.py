@@ -114,6 +114,10 @@ def test_all_faults_are_told_at_once_a_line_each() -> None:
         ({"subject.masked_positions": "[0, 1]", "corpus.context_length": "2"}, ["masked_positions [0, 1]", "2"]),
         ({"training.l1_coef": "1"}, ["training.l1_coef", "relu", "must be 0"]),
         ({"training.tokens": "10"}, ["batch_tokens is 131072", "training.tokens 10"]),
+        (
+            {"training.schedule": "cosine", "training.decay_fraction": "0.2"},
+            ["training.decay_fraction", "schedule constant", "cosine", "must be 0"],
+        ),
     ],
 )
 def test_impossible_combinations_are_told(overrides: dict[str, str], expected: list[str]) -> None:
