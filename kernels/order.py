@@ -13,9 +13,9 @@ from torch import Tensor
 class LatentIndex(NamedTuple):
     """Entries of [B, k], numbered row by row, in order of (latent, row).
 
-    latents: [B*k] the latent of each, ascending, in the smallest type that holds them
+    latents: [B*k] the latent of each, ascending, in the smallest type that holds them; n: of none
     entries: [B*k] int64 its number; the row is number // k
-    starts: [n+1] int64 where each latent's entries start
+    starts: [n+1] int64 where each latent's entries start; those from starts[n] on are of no latent
     """
 
     latents: Tensor
@@ -24,7 +24,10 @@ class LatentIndex(NamedTuple):
 
 
 def latent_index(indices: Tensor, n: int) -> LatentIndex:
-    """Sort indices [B, k] in [0, n) by latent. Stable, so equal input gives an equal index; no host synchronisation."""
+    """Sort indices [B, k] in [0, n] by latent; those that are n are of no latent.
+
+    Stable, so equal input gives an equal index; no host synchronisation.
+    """
     # Radix sort takes a pass for each byte of the key.
     small = n <= torch.iinfo(torch.int16).max
     latents, entries = indices.flatten().to(torch.int16 if small else torch.int32).sort(stable=True)

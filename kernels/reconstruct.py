@@ -31,8 +31,22 @@ class Reconstruction(NamedTuple):
     squared_error: Tensor
 
 
-def reconstruct(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor) -> Reconstruction:
-    """Compare sum_j values[b, j] * weight[indices[b, j]] with target.
+def partial(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    """Return sum_j values[b, j] * weight[indices[b, j]] as [B, d] in float32 (float64 for float64 weights).
+
+    Arguments as of `reconstruct`; what several holders of latents add up to a reconstruction.
+    """
+    if use_triton(values, weight) and weight.shape[1] <= MAX_FEATURES:
+        recons = torch.empty(len(values), weight.shape[1], dtype=torch.float32, device=weight.device)
+        _launch(values, indices, weight.contiguous(), recons, out=None)
+        return recons
+    return _partial_torch(values, indices, weight).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def reconstruct(
+    values: Tensor, indices: Tensor, weight: Tensor, target: Tensor, recons: Tensor | None = None
+) -> Reconstruction:
+    """Compare recons [B, d], by default sum_j values[b, j] * weight[indices[b, j]], with target.
 
     values [B, k] >= 0 (latents after the post-activation), indices [B, k] integer in [0, n), weight [n, d], target
     [B, d] (where the reconstruction has a bias, the target is without it). The gradients are those of half the
@@ -47,31 +61,58 @@ def reconstruct(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor)
             f"{[tuple(t.shape) for t in (values, indices, weight, target)]}"
         )
     if use_triton(values, weight, target) and d <= MAX_FEATURES:
-        return _reconstruct_triton(values, indices, weight.contiguous(), target)
-    return _reconstruct_torch(values, indices, weight, target)
+        return _reconstruct_triton(values, indices, weight.contiguous(), target, recons)
+    return _reconstruct_torch(values, indices, weight, target, recons)
 
 
-def _reconstruct_torch(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor) -> Reconstruction:
-    recons = F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
-    error = recons - target.to(weight.dtype)
+def _partial_torch(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+
+
+def _reconstruct_torch(
+    values: Tensor, indices: Tensor, weight: Tensor, target: Tensor, recons: Tensor | None
+) -> Reconstruction:
+    if recons is None:
+        recons = _partial_torch(values, indices, weight)
+    error = (recons - target).to(weight.dtype)
     grads = torch.where(values > 0, sampled_matmul(error, weight, indices), 0)
     wide = values.dtype
     return Reconstruction(error, grads.to(wide), error.to(wide).square().sum(dim=1))
 
 
-def _reconstruct_triton(values: Tensor, indices: Tensor, weight: Tensor, target: Tensor) -> Reconstruction:
+def _reconstruct_triton(
+    values: Tensor, indices: Tensor, weight: Tensor, target: Tensor, recons: Tensor | None
+) -> Reconstruction:
     (rows, k), d = values.shape, weight.shape[1]
     error = torch.empty(rows, d, dtype=weight.dtype, device=weight.device)
     grads = torch.empty(rows, k, dtype=torch.float32, device=weight.device)
     squared = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    if rows:
-        block, warps = whole_row(d)
-        tile = max(1, min(triton.next_power_of_2(k), TILE_ENTRIES // block))
-        _reconstruct_kernel[(rows,)](
-            values.contiguous(), indices.contiguous(), weight, target.contiguous(),
-            error, grads, squared, d, k, tile, block, num_warps=warps,
-        )  # fmt: skip
-    return Reconstruction(error, grads, squared)
+    out = Reconstruction(error, grads, squared)
+    _launch(values, indices, weight, recons, out, target.contiguous())
+    return out
+
+
+def _launch(
+    values: Tensor,
+    indices: Tensor,
+    weight: Tensor,
+    recons: Tensor | None,
+    out: Reconstruction | None,
+    target: Tensor | None = None,
+) -> None:
+    """Fill recons where there is nothing else to fill, else out, from recons where it is given."""
+    (rows, k), d = values.shape, weight.shape[1]
+    if not rows:
+        return
+    block, warps = whole_row(d)
+    tile = max(1, min(triton.next_power_of_2(k), TILE_ENTRIES // block))
+    unused = values
+    filled = out if out is not None else (unused,) * 3
+    _reconstruct_kernel[(rows,)](
+        values.contiguous(), indices.contiguous(), weight, unused if target is None else target,
+        unused if recons is None else recons, *filled, d, k,
+        ADD=out is None or recons is None, COMPARE=out is not None, TILE=tile, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -85,41 +126,50 @@ def _gathered(
     given = slot < k
     value = tl.load(values_ptr + at, mask=given, other=0.0).to(tl.float32)
     latent = tl.load(indices_ptr + at, mask=given, other=0).to(tl.int64)
-    wanted = given[:, None] & (feature < d)[None, :]
+    wanted = (given & (value != 0))[:, None] & (feature < d)[None, :]
     rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
     return at, given, value, rows
 
 
 @triton.jit
 def _reconstruct_kernel(
-    values_ptr, indices_ptr, weight_ptr, target_ptr, error_ptr, grads_ptr, squared_ptr, d, k,
-    TILE: tl.constexpr, BLOCK: tl.constexpr,
+    values_ptr, indices_ptr, weight_ptr, target_ptr, recons_ptr, error_ptr, grads_ptr, squared_ptr, d, k,
+    ADD: tl.constexpr, COMPARE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Add the rows up, or take their sum from recons; compare it with the target, or put it into recons."""
     row = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
     inside = feature < d
-    recons = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, k, TILE):
-        at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
-        recons += tl.sum(value[:, None] * rows, axis=0)
-    target = tl.load(target_ptr + row * d + feature, mask=inside, other=0.0).to(tl.float32)
-    error = tl.where(inside, recons - target, 0.0)
-    tl.store(error_ptr + row * d + feature, error.to(error_ptr.dtype.element_ty), mask=inside)
-    tl.store(squared_ptr + row, tl.sum(error * error, axis=0))
-    # The same rows again, now from the nearest cache.
-    for first in range(0, k, TILE):
-        at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
-        grad = tl.sum(error[None, :] * rows, axis=1)
-        tl.store(grads_ptr + at, tl.where(value > 0, grad, 0.0), mask=given)
+    at_row = row * d + feature
+    if ADD:
+        recons = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, k, TILE):
+            at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
+            recons += tl.sum(value[:, None] * rows, axis=0)
+    else:
+        recons = tl.load(recons_ptr + at_row, mask=inside, other=0.0)
+    if not COMPARE:
+        tl.store(recons_ptr + at_row, recons, mask=inside)
+    else:
+        target = tl.load(target_ptr + at_row, mask=inside, other=0.0).to(tl.float32)
+        error = tl.where(inside, recons - target, 0.0)
+        tl.store(error_ptr + at_row, error.to(error_ptr.dtype.element_ty), mask=inside)
+        tl.store(squared_ptr + row, tl.sum(error * error, axis=0))
+        # The same rows again, now from the nearest cache.
+        for first in range(0, k, TILE):
+            at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
+            grad = tl.sum(error[None, :] * rows, axis=1)
+            tl.store(grads_ptr + at, tl.where(value > 0, grad, 0.0), mask=given)
 
 
 COMPILED = [
     Compiled(
         _reconstruct_kernel,
-        f"*fp32, *i32, *{dtype}, *{dtype}, *{dtype}, *fp32, *fp32, i32:16, i32:16",
-        {"TILE": TILE_ENTRIES // block, "BLOCK": block},
+        f"*fp32, *i32, *{dtype}, *{dtype}, *fp32, *{dtype}, *fp32, *fp32, i32:16, i32:16",
+        {"ADD": add, "COMPARE": compare, "TILE": TILE_ENTRIES // block, "BLOCK": block},
         num_warps=whole_row(block)[1],
     )
     for dtype in ("bf16", "fp32")
     for block in (1024, 4096)
+    for add, compare in ((True, True), (True, False), (False, True))
 ]

@@ -13,7 +13,7 @@ Source: Kingma and Ba 2015, "Adam", algorithm 1; Gao et al. 2024, section 2.1 an
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -93,6 +93,8 @@ class SparseGradient:
 
 
 class Gradients(NamedTuple):
+    """Dense: encoder and decoder [n, d], bias [n]."""
+
     encoder: Tensor
     bias: Tensor
     decoder: Tensor
@@ -107,29 +109,39 @@ class Hyper(NamedTuple):
     blend: float = 0.0
 
 
-def gradients(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
-    """Dense gradients, the decoder's projected, and the sum of their squares for each latent [n]."""
+def gradients(of: SparseGradient, latents: slice) -> Gradients:
+    """Dense gradients of consecutive latents, the decoder's not projected: what replicas can add up."""
+    if use_triton(of.grads, of.error) and of.error.shape[1] <= MAX_FEATURES:
+        return _gradients_triton(of, latents)
+    return _gradients_torch(of, latents)
+
+
+def project(latents: Latents, grads: Gradients) -> Tensor:
+    """Project the decoder's gradient in place; returns the sum of squares of all three for each latent [n]."""
     if _on_gpu(latents):
-        return _gradients_triton(latents, of)
-    return _gradients_torch(latents, of)
+        return _launch(latents, None, grads, None, project=True)
+    project_(grads.decoder, latents.decoder.weight)
+    return grads.encoder.square().sum(dim=1) + grads.decoder.square().sum(dim=1) + grads.bias.square()
 
 
 def apply_gradients(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
     """Adam on all three, unit norm for the decoder's rows, averages and shadows; in place, and grads are used up."""
     if _on_gpu(latents):
-        _launch(latents, None, grads, hyper, apply=True)
+        _launch(latents, None, grads, hyper)
     else:
         _apply_torch(latents, grads, hyper)
 
 
-def update(latents: Latents, of: SparseGradient, hyper: Hyper) -> Tensor:
-    """`gradients` and `apply_gradients` in one pass that never writes the gradients; returns their squares [n].
+def update(latents: Latents, of: SparseGradient | Gradients, hyper: Hyper) -> Tensor:
+    """`gradients`, unless they are given, `project` and `apply_gradients` in one pass; returns the squares [n].
 
-    The clip factor must be 1, as the norm is not known beforehand.
+    The gradients are not written. The clip factor must be 1, as the norm is not known beforehand.
     """
     if _on_gpu(latents):
-        return _launch(latents, of, None, hyper, apply=True)
-    grads, squares = _gradients_torch(latents, of)
+        given = of if isinstance(of, Gradients) else None
+        return _launch(latents, None if isinstance(of, Gradients) else of, given, hyper, project=True)
+    grads = of if isinstance(of, Gradients) else _gradients_torch(of, slice(0, len(latents.bias.weight)))
+    squares = project(latents, grads)
     _apply_torch(latents, grads, hyper)
     return squares
 
@@ -172,27 +184,28 @@ def _on_gpu(latents: Latents) -> bool:
     return use_triton(latents.encoder.weight) and latents.encoder.weight.shape[1] <= MAX_FEATURES
 
 
-def _sum_torch(of: SparseGradient, weights: Tensor, dense: Tensor) -> Tensor:
-    """For each latent, the sum over its entries of weights [B, k] times rows of dense [B, c]: [n, c]."""
-    entries = of.index.entries
-    return segment_sums(entries // weights.shape[1], weights.flatten()[entries], of.index.starts, dense)
+def _sum_torch(of: SparseGradient, weights: Tensor, dense: Tensor, latents: slice) -> Tensor:
+    """For each of the latents, the sum over its entries of weights [B, k] times rows of dense [B, c]: [n, c]."""
+    starts = of.index.starts[latents.start : latents.stop + 1]
+    entries = of.index.entries[int(starts[0]) : int(starts[-1])]
+    return segment_sums(entries // weights.shape[1], weights.flatten()[entries], starts - starts[0], dense)
 
 
 def _bias_torch(of: SparseGradient) -> Tensor:
-    return _sum_torch(of, of.grads, of.grads.new_ones(len(of.grads), 1)).squeeze(1)
+    every = slice(0, len(of.index.starts) - 1)
+    return _sum_torch(of, of.grads, of.grads.new_ones(len(of.grads), 1), every).squeeze(1)
 
 
-def _gradients_torch(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
-    decoder = _sum_torch(of, of.values, of.error).mul_(of.scale)
-    encoder = _sum_torch(of, of.grads, of.centred).mul_(of.scale)
-    bias = of.bias
+def _gradients_torch(of: SparseGradient, latents: slice) -> Gradients:
+    decoder = _sum_torch(of, of.values, of.error, latents).mul_(of.scale)
+    encoder = _sum_torch(of, of.grads, of.centred, latents).mul_(of.scale)
+    bias = of.bias[latents].clone()
     if of.dead is not None:
-        known = of.dead.place >= 0
+        place = of.dead.place[latents]
+        known = place >= 0
         for total, extra in ((decoder, of.dead.decoder), (encoder, of.dead.encoder), (bias, of.dead.bias)):
-            total[known] += extra[of.dead.place[known].long()]
-    project_(decoder, latents.decoder.weight)
-    squares = encoder.square().sum(dim=1) + decoder.square().sum(dim=1) + bias.square()
-    return Gradients(encoder, bias, decoder), squares
+            total[known] += extra[place[known].long()]
+    return Gradients(encoder, bias, decoder)
 
 
 def _apply_torch(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
@@ -225,55 +238,62 @@ def _sums(of: SparseGradient) -> _Sums:
     if n_chunks:
         _chunks_kernel[(n_chunks,)](
             of.index.latents, of.index.entries, of.values, of.grads, of.error, of.centred,
-            encoder, decoder, chunk_bias, d, k, CHUNK, tile, block, num_warps=warps,
+            encoder, decoder, chunk_bias, n, d, k, CHUNK, tile, block, num_warps=warps,
         )  # fmt: skip
     _bias_kernel[(n,)](of.index.starts, of.index.entries, of.grads, chunk_bias, bias, CHUNK, 128, num_warps=1)
     return _Sums(bias, encoder, decoder)
 
 
-def _gradients_triton(latents: Latents, of: SparseGradient) -> tuple[Gradients, Tensor]:
-    rows, bias = latents.encoder.weight, latents.bias.weight
-    grads = Gradients(torch.empty_like(rows), torch.empty_like(bias), torch.empty_like(rows))
-    hyper = Hyper(torch.empty(3, device=rows.device))
-    return grads, _launch(latents, of, grads, hyper, apply=False)
+def _gradients_triton(of: SparseGradient, latents: slice) -> Gradients:
+    n, d = latents.stop - latents.start, of.error.shape[1]
+    encoder, decoder = (torch.empty(n, d, device=of.error.device) for _ in range(2))
+    grads = Gradients(encoder, torch.empty(n, device=of.error.device), decoder)
+    _launch(None, of, grads, None, first=latents.start)
+    return grads
 
 
 def _launch(
-    latents: Latents,
+    latents: Latents | None,
     of: SparseGradient | None,
     grads: Gradients | None,
-    hyper: Hyper,
+    hyper: Hyper | None,
     *,
-    apply: bool,
+    project: bool = False,
+    first: int = 0,
 ) -> Tensor:
-    encoder, bias, decoder = latents
-    n, d = encoder.weight.shape
-    squares = torch.empty(n, device=bias.weight.device)
+    """Gradients from `of`, of as many latents from `first` on, or from grads; projected, and with hyper applied."""
+    rows = latents.encoder.weight if latents is not None else cast(Gradients, grads).encoder
+    n, d = rows.shape
+    squares = torch.empty(n, device=rows.device)
     unused = squares  # a pointer for what a variant does not touch
+    dead = of.dead if of is not None else None
     if of is not None:
-        index, dead, sums = of.index, of.dead, of.sums
+        index, sums = of.index, of.sums
         gather: tuple[Any, ...] = (
-            index.starts, index.entries, of.values, of.grads, of.error, of.centred,
-            sums.encoder, sums.decoder, sums.bias, of.values.shape[1], of.scale,
+            index.starts[first:], index.entries, of.values, of.grads, of.error, of.centred,
+            sums.encoder, sums.decoder, sums.bias[first:], of.values.shape[1], of.scale,
         )  # fmt: skip
-        extra = (dead.place, dead.encoder, dead.decoder, dead.bias) if dead is not None else (unused,) * 4
     else:
-        gather, dead, extra = (*(unused,) * 9, 1, 1.0), None, (unused,) * 4
+        gather = (*(unused,) * 9, 1, 1.0)
+    extra = (dead.place[first:], dead.encoder, dead.decoder, dead.bias) if dead is not None else (unused,) * 4
     given = (grads.encoder, grads.decoder, grads.bias) if grads is not None else (unused,) * 3
-    averages = [p.average if p.average is not None else unused for p in (encoder, decoder, bias)]
-    shadows = [p.shadow if p.shadow is not None else unused for p in (encoder, decoder)]
+    moved = _pointers(latents, unused) if latents is not None else [unused] * 14
     block, tile, warps = _shape(d)
     _update_kernel[(n,)](
-        *gather, *extra, *given, squares, hyper.scalars,
-        encoder.weight, encoder.exp_avg, encoder.exp_avg_sq, averages[0], shadows[0],
-        decoder.weight, decoder.exp_avg, decoder.exp_avg_sq, averages[1], shadows[1],
-        bias.weight, bias.exp_avg, bias.exp_avg_sq, averages[2],
-        d, hyper.blend, 1 - BETAS[0], 1 - BETAS[1], EPS,
-        GATHER=of is not None, DEAD=dead is not None, APPLY=apply,
-        AVERAGE=encoder.average is not None, SHADOW=encoder.shadow is not None,
+        *gather, *extra, *given, squares, hyper.scalars if hyper is not None else unused, *moved,
+        d, hyper.blend if hyper is not None else 0.0, 1 - BETAS[0], 1 - BETAS[1], EPS,
+        GATHER=of is not None, DEAD=dead is not None, PROJECT=project, APPLY=hyper is not None,
+        AVERAGE=latents is not None and latents.encoder.average is not None,
+        SHADOW=latents is not None and latents.encoder.shadow is not None,
         CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return squares
+
+
+def _pointers(latents: Latents, unused: Tensor) -> list[Tensor]:
+    """What the kernel moves, in its order; a bias has no shadow."""
+    tensors = (*latents.encoder, *latents.decoder, *latents.bias[:-1])
+    return [unused if tensor is None else tensor for tensor in tensors]
 
 
 def _shape(d: int) -> tuple[int, int, int]:
@@ -306,12 +326,13 @@ def _sum_entries(
 @triton.jit
 def _chunks_kernel(
     latents_ptr, entries_ptr, values_ptr, grads_ptr, error_ptr, centred_ptr,
-    encoder_ptr, decoder_ptr, bias_ptr, d, k, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    encoder_ptr, decoder_ptr, bias_ptr, n, d, k, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum each chunk that belongs to one latent; the others are left as they are, and never read."""
+    """Sum each chunk that belongs to one latent below n; the others are left as they are, and never read."""
     chunk = tl.program_id(0).to(tl.int64)
     start = chunk * CHUNK
-    if tl.load(latents_ptr + start) == tl.load(latents_ptr + start + CHUNK - 1):
+    latent = tl.load(latents_ptr + start)
+    if (latent == tl.load(latents_ptr + start + CHUNK - 1)) & (latent < n):
         feature = tl.arange(0, BLOCK)
         zero = tl.zeros([BLOCK], tl.float32)
         encoder, decoder = _sum_entries(
@@ -399,15 +420,14 @@ def _update_kernel(
     decoder_ptr, decoder_m_ptr, decoder_v_ptr, decoder_average_ptr, decoder_shadow_ptr,
     bias_ptr, bias_m_ptr, bias_v_ptr, bias_average_ptr,
     d, blend, one_minus_beta1, one_minus_beta2, eps,
-    GATHER: tl.constexpr, DEAD: tl.constexpr, APPLY: tl.constexpr, AVERAGE: tl.constexpr, SHADOW: tl.constexpr,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    GATHER: tl.constexpr, DEAD: tl.constexpr, PROJECT: tl.constexpr, APPLY: tl.constexpr,
+    AVERAGE: tl.constexpr, SHADOW: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     latent = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, BLOCK)
     inside = feature < d
     at = latent * d + feature
     one = tl.full([], 1, tl.int1)
-    decoder_row = tl.load(decoder_ptr + at, mask=inside, other=0.0)
     if GATHER:
         start, head, first, last, tail, end = _segment(starts_ptr, latent, CHUNK)
         encoder = tl.zeros([BLOCK], tl.float32)
@@ -435,17 +455,21 @@ def _update_kernel(
                 encoder += tl.load(dead_encoder_ptr + place * d + feature, mask=inside, other=0.0)
                 decoder += tl.load(dead_decoder_ptr + place * d + feature, mask=inside, other=0.0)
                 bias += tl.load(dead_bias_ptr + place)
-        decoder -= tl.sum(decoder * decoder_row, axis=0) * decoder_row
-        squares = tl.sum(encoder * encoder + decoder * decoder, axis=0) + bias * bias
-        tl.store(squares_ptr + latent, squares)
         if not APPLY:
             tl.store(encoder_grad_ptr + at, encoder, mask=inside)
-            tl.store(decoder_grad_ptr + at, decoder, mask=inside)
             tl.store(bias_grad_ptr + latent, bias)
     else:
         encoder = tl.load(encoder_grad_ptr + at, mask=inside, other=0.0)
         decoder = tl.load(decoder_grad_ptr + at, mask=inside, other=0.0)
         bias = tl.load(bias_grad_ptr + latent)
+    if PROJECT or APPLY:
+        decoder_row = tl.load(decoder_ptr + at, mask=inside, other=0.0)
+    if PROJECT:
+        decoder -= tl.sum(decoder * decoder_row, axis=0) * decoder_row
+        squares = tl.sum(encoder * encoder + decoder * decoder, axis=0) + bias * bias
+        tl.store(squares_ptr + latent, squares)
+    if not APPLY:
+        tl.store(decoder_grad_ptr + at, decoder, mask=inside)
     if APPLY:
         encoder_row = tl.load(encoder_ptr + at, mask=inside, other=0.0)
         encoder_row = _adam(
@@ -467,28 +491,32 @@ def _update_kernel(
         _store(weight, bias_ptr, bias_average_ptr, bias_ptr, latent, one, blend, AVERAGE, False)
 
 
-def _compiled(dtype: str, d: int, gather: bool, apply: bool) -> Compiled:
+def _compiled(dtype: str, d: int, gather: bool, project: bool, apply: bool) -> Compiled:
     block, tile, warps = _shape(d)
     gathered = f"*i64, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32, fp32"
     row = f"*fp32, *fp32, *fp32, *fp32, *{dtype}"
     rest = f"*i32, {', '.join(['*fp32'] * 8)}, {row}, {row}, *fp32, *fp32, *fp32, *fp32, i32:16, fp32, fp32, fp32, fp32"
-    flags = {"GATHER": gather, "DEAD": gather, "APPLY": apply, "AVERAGE": True, "SHADOW": dtype == "bf16"}
-    return Compiled(
-        _update_kernel, f"{gathered}, {rest}", {**flags, "CHUNK": CHUNK, "TILE": tile, "BLOCK": block}, num_warps=warps
-    )
+    flags = {"GATHER": gather, "DEAD": gather, "PROJECT": project, "APPLY": apply}
+    kept = {"AVERAGE": apply, "SHADOW": apply and dtype == "bf16"}
+    shape = {"CHUNK": CHUNK, "TILE": tile, "BLOCK": block}
+    return Compiled(_update_kernel, f"{gathered}, {rest}", {**flags, **kept, **shape}, num_warps=warps)
 
+
+_GATHER, _GIVEN, _PROJECT, _APPLY = True, False, True, True
+_VARIANTS = (
+    (_GATHER, _PROJECT, _APPLY),
+    (_GATHER, not _PROJECT, not _APPLY),
+    (_GIVEN, _PROJECT, not _APPLY),
+    (_GIVEN, not _PROJECT, _APPLY),
+    (_GIVEN, _PROJECT, _APPLY),
+)
 
 COMPILED = [
-    *(
-        _compiled(dtype, d, gather, apply)
-        for dtype in ("bf16", "fp32")
-        for d in (768, 4096)
-        for gather, apply in ((True, True), (True, False), (False, True))
-    ),
+    *(_compiled(dtype, d, *variant) for dtype in ("bf16", "fp32") for d in (768, 4096) for variant in _VARIANTS),
     *(
         Compiled(
             _chunks_kernel,
-            f"*{latents}, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32:16, i32",
+            f"*{latents}, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32:16, i32:16, i32",
             {"CHUNK": CHUNK, "TILE": _shape(d)[1], "BLOCK": _shape(d)[0]},
             num_warps=_shape(d)[2],
         )

@@ -1,6 +1,7 @@
 """The kernels of the training step against their twins in double precision, and against themselves."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,8 +187,8 @@ def test_reconstruct(device: str, dtype: torch.dtype, rows: int, d: int, n: int,
     values = drawn(rows, k, device=device).relu()
     indices = torch.randint(0, n, (rows, k), device=device, dtype=torch.int32)
     weight, target = drawn(n, d, device=device, dtype=dtype), drawn(rows, d, device=device, dtype=dtype, seed=1)
-    exact = reconstruct._reconstruct_torch(values.double(), indices, weight.double(), target.double())
-    eager = reconstruct._reconstruct_torch(values, indices, weight, target)
+    exact = reconstruct._reconstruct_torch(values.double(), indices, weight.double(), target.double(), None)
+    eager = reconstruct._reconstruct_torch(values, indices, weight, target, None)
     with kernels(device):
         found = reconstruct.reconstruct(values, indices, weight, target)
     for name in found._fields:
@@ -201,6 +202,10 @@ def parameter(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int
     return update.Parameter(
         weight, exp_avg * 0.1, drawn(*shape, device=device, seed=seed + 5).square(), average, shadow
     )
+
+
+def fresh(latents: update.Latents) -> update.Latents:
+    return update.Latents(*(update.Parameter(*(None if t is None else t.clone() for t in p)) for p in latents))
 
 
 def copied(latents: update.Latents, dtype: torch.dtype) -> update.Latents:
@@ -261,9 +266,7 @@ def test_update_in_one_pass_and_in_two(
     squares = update.update(exact, widened(of), update.Hyper(scalars.double(), 0.1))
     results = []
     for _ in range(2):
-        one = update.Latents(
-            *(p._replace(**{f: t.clone() for f, t in p._asdict().items() if t is not None}) for p in rows_of)
-        )
+        one = fresh(rows_of)
         with kernels(device):
             found = update.update(one, of, update.Hyper(scalars, 0.1))
         results.append((one, found))
@@ -275,15 +278,47 @@ def test_update_in_one_pass_and_in_two(
             assert torch.equal(mine.shadow, mine.weight.to(dtype))
     for first, second in zip(results[0][0], results[1][0], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None)
-    two = update.Latents(
-        *(p._replace(**{f: t.clone() for f, t in p._asdict().items() if t is not None}) for p in rows_of)
-    )
     with kernels(device):
-        grads, again = update.gradients(two, of)
-        update.apply_gradients(two, grads, update.Hyper(scalars, 0.1))
-    assert torch.equal(again, found)
-    for first, second in zip(one, two, strict=True):
-        torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-6)
+        parts = [update.gradients(of, slice(0, n // 3)), update.gradients(of, slice(n // 3, n))]
+        grads = update.Gradients(*(torch.cat(of_part) for of_part in zip(*parts, strict=True)))
+        given, again = fresh(rows_of), fresh(rows_of)
+        squares_of_given = update.update(
+            given, update.Gradients(*(g.clone() for g in grads)), update.Hyper(scalars, 0.1)
+        )
+        squares_in_steps = update.project(again, grads)
+        update.apply_gradients(again, grads, update.Hyper(scalars, 0.1))
+    for other, its_squares in ((given, squares_of_given), (again, squares_in_steps)):
+        torch.testing.assert_close(its_squares, found, rtol=1e-5, atol=1e-6)
+        for first, second in zip(one, other, strict=True):
+            torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_entries_of_no_latent_count_for_nothing(device: str) -> None:
+    n, k = 9, 4
+    full = gradient_of(device, torch.float32, 200, 5, n, k, hot=True, dead=False)
+    indices = torch.empty(200 * k, dtype=torch.int64, device=device)
+    indices[full.index.entries] = full.index.latents.long()
+    absent = (torch.arange(200 * k, device=device) % 3 == 0).view(200, k)
+    silent = replace(full, values=full.values.masked_fill(absent, 0), grads=full.grads.masked_fill(absent, 0))
+    left_out = replace(full, index=order.latent_index(indices.view(200, k).masked_fill(absent, n), n))
+    with kernels(device):
+        found, expected = (update.gradients(of, slice(0, n)) for of in (left_out, silent))
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_partial_reconstructions_add_up_to_the_whole(device: str) -> None:
+    values, weight = drawn(7, 6, device=device).relu(), drawn(30, 13, device=device, seed=1)
+    indices, target = torch.randint(0, 30, (7, 6), device=device), drawn(7, 13, device=device, seed=2)
+    with kernels(device):
+        whole = reconstruct.reconstruct(values, indices, weight, target)
+        recons = reconstruct.partial(values[:, :2], indices[:, :2], weight)
+        recons += reconstruct.partial(values[:, 2:], indices[:, 2:], weight)
+        again = reconstruct.reconstruct(values, indices, weight, target, recons)
+    for name in whole._fields:
+        torch.testing.assert_close(getattr(again, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
