@@ -11,6 +11,7 @@ import pytest
 import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts.scripts import start
 
 ROOT = Path(__file__).resolve().parent.parent
 Config = dict[str, Any]
@@ -79,3 +80,20 @@ def test_nothing_listens_without_a_token(config: Config) -> None:
         (start,) = (line for line in config[f"{role}_start_ray_commands"] if "ray start" in line)
         assert "RAY_AUTH_MODE=token" in start
         assert "0.0.0.0" not in start
+
+
+def test_every_node_starts_with_options_that_ray_has_and_spills_to_disk(config: Config) -> None:
+    known = {option for parameter in start.params for option in parameter.opts}
+    for role in ("head", "worker"):
+        (line,) = (line for line in config[f"{role}_start_ray_commands"] if "ray start" in line)
+        options = dict(re.findall(r"(--[a-z-]+)(?:=(\S+))?", line))
+        assert set(options) <= known
+        assert options["--object-spilling-directory"].startswith("/tmp/")
+        assert int(options["--object-store-memory"]) <= 8e9, "it holds run numbers and reports"
+
+
+def test_a_host_of_eight_gpus_is_there_for_tensor_parallel_groups(config: Config) -> None:
+    gpus = [node["resources"].get("GPU", 0) for node in config["available_node_types"].values()]
+    assert max(gpus) == 8
+    of_workers = [node["max_workers"] for node in config["available_node_types"].values() if "max_workers" in node]
+    assert sum(of_workers) == config["max_workers"]
