@@ -21,7 +21,7 @@ from benchmarks.harvest import subjects
 from sae.jobs import checkpoints, contexts, runs, tokenize
 from sae.jobs.encode import Encoder
 from sae.jobs.lake import Lake
-from sae.jobs.train import Trainer
+from sae.jobs.trainer import Trainer
 from sae.schemas.config import Run, parse
 
 _CONFIG = """

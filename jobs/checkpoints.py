@@ -1,18 +1,22 @@
 """Autoencoders in the lake: their property `autoencoder/NAME` and the files of their checkpoints."""
 
+import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import safetensors.torch
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.model import Autoencoder
 from sae.schemas.config import Run
 from sae.schemas.errors import AutoencoderError, ConfigError, IncompleteError
+from sae.sharded import latent_axis
 
 if TYPE_CHECKING:  # importing it loads transformer_lens, which takes seconds
     from sae.subject import Subject
@@ -71,7 +75,7 @@ def load(lake: Lake, name: str) -> Autoencoder:
     snapshot = lake.snapshot()
     state = state_of(snapshot, name)
     autoencoder = Autoencoder.from_config(state["config"])
-    tensors = read_tensors(lake, snapshot.files[state["checkpoints"][-1]["model"]])
+    tensors = read(lake, snapshot, state["checkpoints"][-1]["model"])
     try:
         autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
     except RuntimeError as error:
@@ -79,18 +83,72 @@ def load(lake: Lake, name: str) -> Autoencoder:
     return autoencoder.eval().requires_grad_(False)
 
 
-def read_tensors(lake: Lake, file: DataFile) -> dict[str, Tensor]:
+Shards = list[dict[str, Any]]
+"""The files of one set of tensors, as the lake's log knows them: each its path, and the ranges of latents in it."""
+
+
+def read(lake: Lake, snapshot: Snapshot, shards: Shards, latents: list[range] | None = None) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, those of the given latents (all where none are given), whoever wrote which."""
+    pieces = [(start, stop, number) for number, shard in enumerate(shards) for start, stop in shard["latents"]]
+    wanted = latents if latents is not None else [range(start, stop) for start, stop, _ in sorted(pieces)]
+    with ExitStack() as files:
+        opened = [files.enter_context(_opened(lake, snapshot.files[shard["path"]])) for shard in shards]
+        names = {name: number for number, file in reversed([*enumerate(opened)]) for name in list(file.keys())}
+        return {name: _tensor(name, opened, names[name], shards, wanted) for name in names}
+
+
+def _tensor(name: str, opened: list[Any], anywhere: int, shards: Shards, wanted: list[range]) -> Tensor:
+    axis = latent_axis(name)
+    if axis is None:
+        found: Tensor = opened[anywhere].get_tensor(name)
+        return found
+    parts: list[tuple[int, Tensor]] = []
+    for shard, file in zip(shards, opened, strict=True):
+        rows, offset = file.get_slice(name), 0
+        for start, stop in shard["latents"]:
+            for part in wanted:
+                low, high = max(start, part.start) - start + offset, min(stop, part.stop) - start + offset
+                if low < high:
+                    parts.append((low - offset + start, rows[low:high] if axis == 0 else rows[:, low:high]))
+            offset += stop - start
+    # Wanted ranges are ascending, as owned ones are.
+    return torch.cat([part for _, part in sorted(parts, key=lambda one: one[0])], dim=axis)
+
+
+@contextmanager
+def _opened(lake: Lake, file: DataFile) -> Iterator[Any]:
     (path,) = lake.verified([file])
     try:
-        return safetensors.torch.load_file(path)
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
     except SafetensorError as error:
         raise AutoencoderError(f"{path}: damaged checkpoint ({error}); restore the file from a copy") from None
 
 
-def write_tensors(transaction: Transaction, kind: str, name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Adds a safetensors file to a transaction; returns its path in the lake."""
-    contiguous = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
-    return transaction.write_with(kind, "safetensors", lambda path: _save(contiguous, path), autoencoder=name).path
+def write_tensors(
+    transaction: Transaction, kind: str, name: str, tensors: Mapping[str, Tensor], latents: list[range]
+) -> dict[str, Any]:
+    """Adds a safetensors file of some latents to a transaction; returns it as one of `Shards`.
+
+    What has no latents is left to the rank that has the first.
+    """
+    first = latents[0].start == 0
+    kept = {key: value for key, value in tensors.items() if first or latent_axis(key) is not None}
+    contiguous = {key: value.detach().contiguous().clone() for key, value in kept.items()}
+    file = transaction.write_with(kind, "safetensors", lambda path: _save(contiguous, path), autoencoder=name)
+    return {"path": file.path, "latents": [[part.start, part.stop] for part in latents]}
+
+
+def kept(checkpoints: list[dict[str, Any]], n_last: int) -> list[dict[str, Any]]:
+    """The last n, and the one with the least held-out FVU."""
+    scored = [one for one in checkpoints if one.get("fvu") is not None]
+    best = [min(scored, key=lambda one: float(one["fvu"]))] if scored else []
+    return [one for one in checkpoints if one in checkpoints[-n_last:] or one in best]
+
+
+def paths(checkpoint: dict[str, Any]) -> list[str]:
+    """The files of a checkpoint."""
+    return [shard["path"] for kind in ("model", "state") for shard in checkpoint[kind]]
 
 
 def _save(tensors: dict[str, Tensor], path: str) -> None:
@@ -106,7 +164,9 @@ def _save(tensors: dict[str, Tensor], path: str) -> None:
 
 def identity(snapshot: Snapshot, name: str) -> str:
     """Short hash of the weights that encode with: latents of other weights are other latents."""
-    return snapshot.files[state_of(snapshot, name)["checkpoints"][-1]["model"]].sha256[:12]
+    shards = state_of(snapshot, name)["checkpoints"][-1]["model"]
+    hashes = [snapshot.files[shard["path"]].sha256 for shard in shards]
+    return hashes[0][:12] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 
 
 def check_fit(autoencoder: Autoencoder, subject: "Subject", name: str) -> None:

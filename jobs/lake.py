@@ -217,14 +217,14 @@ class Transaction:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._discard()
+            self.discard()
             return
         try:
             self._commit()
         except BaseException:
             # An interrupt can come after the entry was linked: then the files are the lake's.
             if not self._is_linked():
-                self._discard()
+                self.discard()
             raise
 
     def write(
@@ -282,6 +282,15 @@ class Transaction:
         self._add.append(dataclasses.replace(file, **more))
         return self._add[-1]
 
+    def hand_over(self) -> list[DataFile]:
+        """The files written so far, for a transaction in another process to `adopt`; this one is then empty."""
+        files, self._add = self._add, []
+        return files
+
+    def adopt(self, files: Iterable[DataFile]) -> None:
+        """Commits files of other processes' transactions with its own, or deletes them with its own."""
+        self._add.extend(files)
+
     def remove(self, files: Iterable[DataFile]) -> None:
         self._remove.extend(file.path for file in files)
 
@@ -327,7 +336,8 @@ class Transaction:
             if now.properties.get(key) not in (self.base.properties.get(key), value):
                 raise ConflictError(f"{key}: changed by another writer meanwhile; run the step again")
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
+        """Deletes the files written so far."""
         for file in self._add:
             storage.remove(self.lake.absolute(file))
 

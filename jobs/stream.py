@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sae.devices import send
+from sae.devices import no_check, send
 from sae.jobs.activations import Source
 from sae.jobs.prefetch import Chunk, ahead
 
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 class TokenStream:
     """Batches [batch_tokens, d] of activations of the given contexts, for ever."""
 
-    def __init__(self, source: Source, rows: Array, kept: Array, batch: int, buffer: int, seed: int) -> None:
+    def __init__(self, source: Source, rows: Array, kept: Array, batch: int, buffer: int, *seed: int) -> None:
         """`rows` are the contexts to train on, `kept` [len(rows)] how many tokens each gives."""
         self._source, self._batch, self._buffer, self._seed = source, batch, buffer, seed
         self._latest: tuple[tuple[int, int], Chunk] | None = None
@@ -79,7 +79,7 @@ class TokenStream:
 
     def _epoch(self, epoch: int) -> tuple[Array, Array]:
         """The epoch's order of contexts, and the tokens seen at the end of each."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+        order = np.random.default_rng([*self._seed, epoch]).permutation(len(self._rows))
         return self._rows[order], np.cumsum(self._kept[order])
 
     def _cuts(self, ends: Array) -> Iterator[tuple[int, int]]:
@@ -97,8 +97,76 @@ class TokenStream:
 
     def _made(self, rows: Array, epoch: int, chunk: int) -> Chunk:
         vectors, check = self._source.launch(rows)
-        order = np.random.default_rng([self._seed, epoch, chunk]).permutation(len(vectors))
+        order = np.random.default_rng([*self._seed, epoch, chunk]).permutation(len(vectors))
         return vectors[send(torch.from_numpy(order), vectors.device)], check
+
+
+class Lanes:
+    """Batches that each of several ranks reads its own rows of.
+
+    The contexts are dealt out to lanes, each a stream of its own; a batch is as many rows of each, lane after lane. So
+    the batches depend on the number of lanes and not on that of ranks, and a rank runs the subject on little more than
+    what it gives: on nothing more where ranks divide lanes or are as many.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Array,
+        kept: Array,
+        *,
+        batch: int,
+        buffer: int,
+        seed: int,
+        n_lanes: int = 1,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> None:
+        """`rows` and `kept` as of TokenStream; batch and buffer are those of all lanes, which divide them."""
+        self._n_lanes = min(n_lanes, int((kept > 0).sum()))
+        while batch % self._n_lanes:
+            self._n_lanes -= 1
+        self.epoch_tokens, self._of_lane = int(kept.sum()), batch // self._n_lanes
+        self._useful, self._kept = rows[kept > 0], kept[kept > 0]
+        share = batch // n_ranks
+        first, last = rank * share, (rank + 1) * share
+        numbers = range(first // self._of_lane, -(-last // self._of_lane))
+        self._cuts = [
+            slice(max(first - lane * self._of_lane, 0), min(last - lane * self._of_lane, self._of_lane))
+            for lane in numbers
+        ]
+        each = max(1, buffer // self._n_lanes)
+        self._streams = [self._lane(source, lane, each, seed) for lane in numbers]
+
+    def _lane(self, source: Source, lane: int, buffer: int, seed: int) -> TokenStream:
+        rows, kept = (values[lane :: self._n_lanes] for values in (self._useful, self._kept))
+        named = () if self._n_lanes == 1 else (lane,)
+        return TokenStream(source, rows, kept, self._of_lane, buffer, seed, *named)
+
+    def batches(self, position: int = 0, overlap: torch.device | None = None) -> Generator[Tensor, None, None]:
+        """This rank's rows of each batch, from a position of whole batches, in tokens, on; see TokenStream.batches."""
+        at = position // self._n_lanes
+        if len(self._streams) == 1:
+            with closing(self._streams[0].batches(at, overlap)) as batches:
+                for rows in batches:
+                    yield rows[self._cuts[0]]
+            return
+        # The lanes take turns with the subject: one thread makes the batches of all.
+        made: Generator[Chunk, None, None] = self._together(at)
+        if overlap is not None:
+            made = ahead(made, overlap)
+        with closing(made):
+            for rows, _ in made:
+                yield rows
+
+    def _together(self, position: int) -> Generator[Chunk, None, None]:
+        streams = [stream.batches(position) for stream in self._streams]
+        try:
+            for parts in zip(*streams, strict=True):
+                yield torch.cat([rows[cut] for rows, cut in zip(parts, self._cuts, strict=True)]), no_check
+        finally:
+            for stream in streams:
+                stream.close()
 
 
 def held_out(doc_id: Array, fraction: float, seed: int) -> Array:

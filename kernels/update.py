@@ -47,6 +47,11 @@ class Parameter(NamedTuple):
         average, shadow = (None if t is None else t.T for t in (self.average, self.shadow))
         return Parameter(self.weight.T, self.exp_avg.T, self.exp_avg_sq.T, average, shadow)
 
+    def rows(self, part: slice) -> "Parameter":
+        """Of some latents."""
+        average, shadow = (None if t is None else t[part] for t in (self.average, self.shadow))
+        return Parameter(self.weight[part], self.exp_avg[part], self.exp_avg_sq[part], average, shadow)
+
 
 class Latents(NamedTuple):
     """The parameters that have a row for each latent."""

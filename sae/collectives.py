@@ -40,6 +40,14 @@ class Group:
             dist.all_reduce(x, operation, group=self._group)
         return x
 
+    def sum_all(self, *tensors: Tensor) -> list[Tensor]:
+        """The sums of several tensors of one type in one message."""
+        if self.size == 1:
+            return list(tensors)
+        flat = self.sum_(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
     def gather(self, x: Tensor) -> Tensor:
         """x [m, ...] of all ranks, one after another: [size * m, ...]."""
         out, wait = self.begin_gather(x)
@@ -120,7 +128,7 @@ class _SumForward(torch.autograd.Function):
         return group.sum_(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -131,5 +139,5 @@ class _SumBackward(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.group.sum_(grad.clone()), None

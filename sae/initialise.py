@@ -8,6 +8,7 @@ import torch
 from geom_median.torch import compute_geometric_median
 from torch import Tensor
 
+from sae.collectives import Group
 from sae.losses import mse_scale
 from sae.model import Autoencoder
 from sae.optimise import normalise_rows_
@@ -15,13 +16,19 @@ from sae.schemas.errors import AutoencoderError
 
 MEDIAN_ROWS = 32_768
 N_PROBES = 256
+DRAWN_ROWS = 1024  # of the dictionary at a time: every mesh draws the same numbers
 # The package compares objectives in float32 and walks the points one by one in Python: a tighter
 # tolerance never stops it on thousands of rows, and the median does not move any more.
 MEDIAN_TOLERANCE = 1e-6
 
 
 @torch.no_grad()
-def initialise(autoencoder: Autoencoder, sample: Tensor, generator: torch.Generator | None = None) -> float:
+def initialise(
+    autoencoder: Autoencoder,
+    sample: Tensor,
+    generator: torch.Generator | None = None,
+    everyone: Group | None = None,
+) -> float:
     """Set all parameters from a sample [m, d] of raw activations; return the scale of the MSE loss.
 
     The decoder gets random unit rows, the encoder the same rows rescaled so that unit inputs are
@@ -29,25 +36,40 @@ def initialise(autoencoder: Autoencoder, sample: Tensor, generator: torch.Genera
     latent_bias zero. The scale is 1 / mean squared distance of the (normalised) sample from its mean.
     A tied autoencoder keeps unit rows. `generator` is a CPU generator.
 
+    Of a shard, `everyone` are all ranks that train it, who give the same sample and generator.
+
     Raises AutoencoderError when the sample has another width, is not finite or does not vary.
     """
     x, _ = autoencoder.preprocess(sample.to(autoencoder.pre_bias))
-    scale = float(mse_scale(x)) if len(x) else float("nan")
+    everyone = everyone if everyone is not None else Group()
+    scale = float(everyone.broadcast_(mse_scale(x).clone())) if len(x) else float("nan")
     if not 0 < scale < float("inf"):
         raise AutoencoderError(
             f"the sample of {len(x)} activations that training starts from holds NaN or infinity, or all its "
             f"rows are equal: expected finite rows that differ; check the subject model and the hook"
         )
-    rows = torch.randn(autoencoder.n_latents, autoencoder.d_model, generator=generator)
-    autoencoder.decoder_rows.copy_(rows)
+    _draw_rows(autoencoder, generator)
     normalise_rows_(autoencoder.decoder_rows)
     autoencoder.latent_bias.zero_()
     autoencoder.stats_last_nonzero.zero_()
-    autoencoder.pre_bias.copy_(geometric_median(x[:MEDIAN_ROWS]))
+    if everyone.rank == 0:
+        autoencoder.pre_bias.copy_(geometric_median(x[:MEDIAN_ROWS]))
+    everyone.broadcast_(autoencoder.pre_bias)
     if not autoencoder.tied:
         autoencoder.encoder.weight.copy_(autoencoder.decoder_rows)
         autoencoder.encoder.weight.div_(_probe_norm(autoencoder, generator))
     return scale
+
+
+def _draw_rows(autoencoder: Autoencoder, generator: torch.Generator | None) -> None:
+    """Fill the decoder's rows with normal numbers; a shard skips those of the others."""
+    n, d = autoencoder.n_latents, autoencoder.d_model
+    first, total = autoencoder.tp.rank * n, autoencoder.tp.size * n
+    for start in range(0, total, DRAWN_ROWS):
+        drawn = torch.randn(min(DRAWN_ROWS, total - start), d, generator=generator)
+        low, high = max(start, first), min(start + len(drawn), first + n)
+        if low < high:
+            autoencoder.decoder_rows[low - first : high - first].copy_(drawn[low - start : high - start])
 
 
 def geometric_median(points: Tensor) -> Tensor:
@@ -62,6 +84,6 @@ def _probe_norm(autoencoder: Autoencoder, generator: torch.Generator | None) -> 
     probes = torch.randn(N_PROBES, autoencoder.d_model, generator=generator)
     normalise_rows_(probes)
     x = probes.to(autoencoder.pre_bias) + autoencoder.pre_bias
-    latents = autoencoder.activation(autoencoder.encode_pre_act(x))
-    norm = float((latents @ autoencoder.decoder_rows).norm(dim=1).mean())
+    latents = autoencoder.activate(autoencoder.encode_pre_act(x))
+    norm = float((autoencoder.recombine(latents) - autoencoder.pre_bias).norm(dim=1).mean())
     return norm if norm > 0 else 1.0

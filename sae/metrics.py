@@ -6,27 +6,45 @@ Shapes: m rows, d features, k components. "Model space" is what the autoencoder 
 import torch
 from torch import Tensor
 
+from sae.collectives import Group
 from sae.losses import fvu, normalized_mse
 from sae.model import Autoencoder
 
 
 @torch.no_grad()
-def reconstruction(autoencoder: Autoencoder, x: Tensor, batch: int = 512) -> dict[str, Tensor]:
-    """normalized_mse, fvu and l0 in model space, and fvu_input in the subject's, for activations x [m, d]."""
-    normed, inner, outer, active = [], [], [], []
-    for part in x.split(batch):
-        latents, info = autoencoder.encode(part)
-        normed.append(autoencoder.preprocess(part)[0])
-        inner.append(latents @ autoencoder.decoder_rows + autoencoder.pre_bias)
-        outer.append(autoencoder.decode(latents, info))
-        active.append((latents > 0).sum(dim=-1).float())
-    target, recons = torch.cat(normed), torch.cat(inner)
+def reconstruction(autoencoder: Autoencoder, x: Tensor, dp: Group | None = None, batch: int = 512) -> dict[str, Tensor]:
+    """normalized_mse, fvu and l0 in model space, and fvu_input in the subject's, for activations x [m, d].
+
+    With `dp` each of its ranks, which are all given x, works on some of the rows.
+    """
+    dp = dp if dp is not None else Group()
+    mine = x[len(x) * dp.rank // dp.size : len(x) * (dp.rank + 1) // dp.size]
+    target = autoencoder.preprocess(mine)[0]
+    means = [total / len(x) for total in dp.sum_all(target.sum(dim=0), mine.sum(dim=0))]
+    spreads = [(rows - mean).square().sum() for rows, mean in zip((target, mine), means, strict=True)]
+    sums = torch.stack(
+        [_sums(autoencoder, *parts) for parts in zip(mine.split(batch), target.split(batch), strict=True)]
+    )
+    by_row, inner, outer, active = sums.sum(dim=0)
+    active = autoencoder.tp.sum_(active.clone())
+    by_row, inner, outer, active, spread, spread_input = dp.sum_all(by_row, inner, outer, active, *spreads)
     return {
-        "normalized_mse": normalized_mse(recons, target),
-        "fvu": fvu(recons, target),
-        "fvu_input": fvu(torch.cat(outer), x),
-        "l0": torch.cat(active).mean(),
+        "normalized_mse": by_row / len(x),
+        "fvu": inner / spread,
+        "fvu_input": outer / spread_input,
+        "l0": active / len(x),
     }
+
+
+def _sums(autoencoder: Autoencoder, x: Tensor, target: Tensor) -> Tensor:
+    """[4] over rows x: normalised squared error, squared error in model space, in the subject's, active latents."""
+    latents, info = autoencoder.encode(x)
+    recons = autoencoder.recombine(latents)
+    outer = autoencoder.decode(latents, info) - x
+    by_row = normalized_mse(recons, target) * len(x) if len(x) else x.new_zeros(())
+    return torch.stack(
+        [by_row, (recons - target).square().sum(), outer.square().sum(), (latents > 0).sum().to(x.dtype)]
+    )
 
 
 @torch.no_grad()

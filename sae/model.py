@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sae.activations import Activation, Identity, ReLU, TopK, activation_from_state
+from sae.collectives import Group, sum_backward, sum_forward
 from sae.kernels.decode import decode
 from sae.kernels.scatter import sparse_t_matmul
 from sae.kernels.topk import topk
@@ -52,6 +53,9 @@ class Autoencoder(nn.Module):
     With `normalize`, each row is centred and divided by its standard deviation (unbiased, plus 1e-5)
     before encoding, and this is undone after decoding.
 
+    It may be one of several equal shards: then n_latents is what this rank holds, `tp` are the ranks that hold all
+    between them in order of their latents, and dense latents are the shard's own, of which k in all are selected.
+
     Raises AutoencoderError for sizes that cannot be.
     """
 
@@ -66,10 +70,12 @@ class Autoencoder(nn.Module):
         activation: Activation | None = None,
         tied: bool = False,
         normalize: bool = False,
+        tp: Group | None = None,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation if activation is not None else ReLU()
-        _check_sizes(n_latents, d_model, self.activation)
+        self.tp = tp if tp is not None else Group()
+        _check_sizes(n_latents * self.tp.size, d_model, self.activation)
         self.n_latents = n_latents
         self.d_model = d_model
         self.tied = tied
@@ -114,12 +120,40 @@ class Autoencoder(nn.Module):
         """Pre-activations [..., n] (or those of the slice) of x [..., d], which is already preprocessed."""
         self._check_width(x)
         weight, bias = self.encoder.weight[latent_slice], self.latent_bias[latent_slice]
-        return nn.functional.linear(x - self.pre_bias, weight, bias)
+        return nn.functional.linear(x - sum_backward(self.pre_bias, self.tp), weight, bias)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Info]:
         """Latents [..., n], dense, of raw x [..., d]."""
         x, info = self.preprocess(x)
-        return self.activation(self.encode_pre_act(x)), info
+        return self.activate(self.encode_pre_act(x)), info
+
+    def activate(self, pre_act: Tensor) -> Tensor:
+        """Latents [..., n], dense, of pre-activations [..., n]."""
+        if self.tp.size == 1 or not isinstance(self.activation, TopK):
+            return self.activation(pre_act)
+        rows = pre_act.reshape(-1, self.n_latents)
+        values, indices = self.select(rows, self.activation.k)
+        values = torch.where(values.isneginf(), 0, self.activation.postact(values))
+        return torch.zeros_like(rows).scatter(1, indices, values).view(pre_act.shape)
+
+    def select(self, pre_act: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Values and indices of the k largest pre-activations [B, n] of each row; the smaller latent wins a tie.
+
+        Of a shard, candidates that others have beaten come with the value -infinity.
+        """
+        values, indices = topk(pre_act, min(k, pre_act.shape[1]))
+        if self.tp.size == 1:
+            return values, indices
+        indices, order = indices.sort(dim=1)
+        return won(self.tp, values.gather(1, order), k), indices
+
+    def recombine(self, latents: Tensor) -> Tensor:
+        """Reconstructions [..., d] of dense latents [..., n], in the space that the model encodes."""
+        return sum_forward(latents @ self.decoder_rows, self.tp) + self.pre_bias
+
+    def recombine_sparse(self, values: Tensor, indices: Tensor) -> Tensor:
+        """The same [B, d] of sparse latents, values and indices [B, k]."""
+        return sum_forward(decode(values, indices, self.decoder_rows), self.tp) + self.pre_bias
 
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor, Info]:
         """Values [B, k] and indices [B, k] int64 of the selected latents of raw x [B, d].
@@ -145,7 +179,7 @@ class Autoencoder(nn.Module):
         x [B, d] is preprocessed; values must be encode_pre_act(x) at indices [B, k]. The backward pass is
         sparse: only the chosen latents are touched. x gets no gradient.
         """
-        parameters = self.pre_bias, self.encoder.weight, self.latent_bias
+        parameters = sum_backward(self.pre_bias, self.tp), self.encoder.weight, self.latent_bias
         attached = _SelectedPreActs.apply(x, *parameters, values, indices)  # type: ignore[no-untyped-call]
         return cast(Tensor, attached)
 
@@ -167,11 +201,11 @@ class Autoencoder(nn.Module):
 
         Raises AutoencoderError when the model normalises and info of `preprocess` is missing.
         """
-        return self._undo(latents @ self.decoder_rows + self.pre_bias, info)
+        return self._undo(self.recombine(latents), info)
 
     def decode_sparse(self, values: Tensor, indices: Tensor, info: Info | None = None) -> Tensor:
         """Reconstructions [B, d] of sparse latents, values and indices [B, k]; see `decode`."""
-        return self._undo(decode(values, indices, self.decoder_rows) + self.pre_bias, info)
+        return self._undo(self.recombine_sparse(values, indices), info)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Pre-activations [..., n], latents [..., n] and reconstructions [..., d] of raw x [..., d].
@@ -180,14 +214,14 @@ class Autoencoder(nn.Module):
         """
         x, info = self.preprocess(x)
         pre_act = self.encode_pre_act(x)
-        latents = self.activation(pre_act)
+        latents = self.activate(pre_act)
         return pre_act, latents, self.decode(latents, info)
 
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs, as JSON values."""
         top = self.activation if isinstance(self.activation, TopK) else None
         return {
-            "n_latents": self.n_latents,
+            "n_latents": self.n_latents * self.tp.size,
             "d_model": self.d_model,
             "activation": self.activation.name,
             "k": top.k if top else None,
@@ -279,6 +313,21 @@ class Autoencoder(nn.Module):
                 f"input has width {width}, the autoencoder has d_model {self.d_model}: "
                 f"it was probably trained on another subject model or hook"
             )
+
+
+def won(group: Group, values: Tensor, k: int) -> Tensor:
+    """Of each rank's own candidates [B, c], by ascending latent, keep the k largest of all ranks'; others: -infinity.
+
+    Of equal ones the smaller latent wins: that of the lower rank, and among a rank's own the first. Exact, whatever
+    ranks the winners are on.
+    """
+    if group.size == 1:
+        return values
+    (rows, c), everyone = values.shape, group.gather(values)
+    candidates = everyone.view(group.size, rows, c).transpose(0, 1).reshape(rows, group.size * c)
+    _, winners = topk(candidates, min(k, candidates.shape[1]))
+    winning = torch.zeros_like(candidates, dtype=torch.bool).scatter_(1, winners.long(), True)
+    return values.masked_fill(~winning[:, group.share(winning.shape[1])], -torch.inf)
 
 
 class _SelectedPreActs(torch.autograd.Function):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from sae.collectives import Group
 from sae.devices import send
 from sae.kernels.update import BETAS, Hyper, Parameter, adam_, normalise_rows_, project_
 from sae.model import Autoencoder, check_tensors
@@ -35,16 +36,22 @@ class Optimiser:
         }
 
     @torch.no_grad()
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, everyone: Group | None = None) -> Tensor:
         """Apply the gradients that autograd left, with learning rate lr, and clear them.
 
-        Returns the global gradient norm (scalar tensor) after projection and before clipping.
+        Returns the global gradient norm (scalar tensor) after projection and before clipping: of all ranks, where
+        the autoencoder is what one of `everyone` owns.
         """
         rows, gradient = self.autoencoder.decoder_rows, self.autoencoder.decoder_rows_grad
         if gradient is not None:
             project_(gradient, rows)
         given = {name: p for name, p in self._parameters.items() if p.grad is not None}
-        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad) for p in given.values()]))
+        norms = {name: torch.linalg.vector_norm(p.grad) for name, p in given.items()}
+        if everyone is not None and everyone.size > 1:
+            shared = norms.pop("pre_bias")
+            of_rows = torch.stack(list(norms.values())).square().sum()
+            norms = {"pre_bias": shared, "rows": everyone.sum_(of_rows).sqrt()}
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         hyper = self.clipped(Hyper(self.advance(lr)), norm)
         for name, parameter in given.items():
             assert parameter.grad is not None
@@ -148,17 +155,22 @@ class DeadLatents:
         self.tokens_since = tokens_since
 
     @torch.no_grad()
-    def update(self, indices: Tensor, values: Tensor, n_rows: int) -> None:
-        """Count a training batch of n_rows tokens with these sparse latents (indices, values [B, k])."""
+    def update(self, indices: Tensor, values: Tensor, n_rows: int, dp: Group | None = None) -> None:
+        """Count a training batch of n_rows tokens with these sparse latents (indices, values [B, k]).
+
+        With `dp` the batch is that of all its ranks, of which each gives the latents of some rows.
+        """
         n = len(self.tokens_since)
-        fired = torch.zeros(n + 1, dtype=torch.bool, device=indices.device)
-        fired[torch.where(values > 0, indices, n).flatten()] = True
-        self.update_fired(fired[:n], n_rows)
+        fired = torch.zeros(n + 1, dtype=torch.uint8, device=indices.device)
+        fired[torch.where(values > 0, indices, n).flatten()] = 1
+        self.update_fired(fired[:n], n_rows, dp)
 
     @torch.no_grad()
-    def update_fired(self, fired: Tensor, n_rows: int) -> None:
-        """Count a training batch of n_rows tokens in which the latents of mask [n] fired."""
-        self.tokens_since.add_(n_rows).masked_fill_(fired, 0)
+    def update_fired(self, fired: Tensor, n_rows: int, dp: Group | None = None) -> None:
+        """The same for a mask [n] of the latents that fired."""
+        if dp is not None:
+            fired = dp.max_(fired.to(torch.uint8))
+        self.tokens_since.add_(n_rows).masked_fill_(fired.bool(), 0)
 
     def mask(self, threshold_tokens: int) -> Tensor:
         """Latents [n] that have not fired for more than threshold_tokens tokens."""

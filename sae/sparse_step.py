@@ -6,6 +6,7 @@ Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2
 """
 
 from collections import deque
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor
 
 from sae.activations import ReLU, TopK
+from sae.collectives import Group, Wait
 from sae.kernels.aux_error import aux_error
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
-from sae.kernels.encode import encode_dense_topk, encode_topk
-from sae.kernels.order import latent_index
-from sae.kernels.reconstruct import reconstruct
+from sae.kernels.encode import SCRATCH_BYTES, encode_dense_topk, encode_topk
+from sae.kernels.order import LatentIndex, latent_index
+from sae.kernels.reconstruct import Reconstruction, partial, reconstruct
 from sae.kernels.update import (
     DeadGradients,
+    Gradients,
     Hyper,
     Latents,
     Parameter,
@@ -31,10 +34,12 @@ from sae.kernels.update import (
     apply_gradients,
     follow_,
     gradients,
+    project,
     update,
 )
-from sae.model import NORMALIZE_EPS, Autoencoder
+from sae.model import NORMALIZE_EPS, Autoencoder, won
 from sae.optimise import EMA, DeadLatents, Optimiser
+from sae.sharded import Holdings
 
 Metrics = dict[str, Tensor]
 
@@ -61,15 +66,34 @@ class StepConfig:
 
 
 class Aux(NamedTuple):
-    """What AuxK adds: its loss, and gradients of the dead latents and of the decoder's bias [d]."""
+    """What AuxK adds: its loss, and gradients of the dead latents and, in two parts, of the decoder's bias [d]."""
 
     loss: Tensor
     dead: DeadGradients
-    pre_bias: Tensor
+    direct: Tensor
+    by_latents: Tensor
+
+
+class _Weights(NamedTuple):
+    """Of the latents that this rank holds, in the type of products; the bias in that of master weights."""
+
+    encoder: Tensor
+    bias: Tensor
+    decoder: Tensor
+
+
+class _Part(NamedTuple):
+    """A bucket of the held latents, and those in it that this rank moves."""
+
+    bucket: slice
+    latents: Latents
 
 
 class SparseStep:
-    """The step of an untied TopK autoencoder; see `TrainStep`, which keeps its state."""
+    """The step of an untied TopK autoencoder; see `TrainStep`, which keeps its state.
+
+    On a mesh, x are the rows of this rank's dp index, and the metrics those of all rows.
+    """
 
     @staticmethod
     def fits(autoencoder: Autoencoder) -> bool:
@@ -78,140 +102,257 @@ class SparseStep:
         return isinstance(activation, TopK) and isinstance(activation.postact, ReLU) and not autoencoder.tied
 
     def __init__(
-        self, autoencoder: Autoencoder, config: StepConfig, optimiser: Optimiser, ema: EMA | None, dead: DeadLatents
+        self, holdings: Holdings, config: StepConfig, optimiser: Optimiser, ema: EMA | None, dead: DeadLatents
     ) -> None:
-        assert isinstance(autoencoder.activation, TopK)
-        self._model, self._config, self._k = autoencoder, config, autoencoder.activation.k
+        self._model, self._config, self._mesh = holdings.held, config, holdings.mesh
+        assert isinstance(self._model.activation, TopK)
+        self._k = self._model.activation.k
         self._optimiser, self._ema, self._dead = optimiser, ema, dead
-        self._bound = DeadBound(dead, config.dead_after_tokens)
-        master = autoencoder.encoder.weight
+        self._bound = DeadBound(dead, config.dead_after_tokens, self._mesh.tp)
+        self._holdings = holdings
+        master = self._model.encoder.weight
         self._dtype = torch.bfloat16 if use_triton(master) and master.is_cuda else master.dtype
-        self._latents = Latents(
-            self._parameter("encoder.weight", shadowed=True),
-            self._parameter("latent_bias"),
-            self._parameter("decoder.weight", shadowed=True).T,
-        )
+        self._weights, self._parts = self._divided()
         self._pre_bias = self._parameter("pre_bias")
+        self._published: list[Wait] = []
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
+        self.refresh()
 
-    def refresh(self) -> None:
-        """Say that weights or statistics were changed from outside."""
-        for parameter in (self._latents.encoder, self._latents.decoder):
-            if parameter.shadow is not None:
-                parameter.shadow.copy_(parameter.weight)
-        self._bound = DeadBound(self._dead, self._config.dead_after_tokens)
+    def _divided(self) -> tuple[_Weights, list[_Part]]:
+        """The weights of products, and the parameters that this rank moves, bucket by bucket."""
+        encoder, bias, decoder = (self._parameter(name) for name in ("encoder.weight", "latent_bias", "decoder.weight"))
+        moved, model, own = Latents(encoder, bias, decoder.T), self._model, self._holdings.buckets
+        rows = model.encoder.weight, model.latent_bias, model.decoder_rows
+        types = self._dtype, model.latent_bias.dtype, self._dtype
+        weights = _Weights(*(tensor.detach().to(dtype) for tensor, dtype in zip(rows, types, strict=True)))
+        if self._mesh.dp.size > 1:
+            own = self._holdings.shares
+            assert model.decoder is not None
+            # The masters are elsewhere now.
+            model.encoder.weight.data, model.latent_bias.data = weights.encoder, weights.bias
+            model.decoder.weight.data, model.pre_bias.data = (
+                weights.decoder.T,
+                self._optimiser.autoencoder.pre_bias.data,
+            )
+        parts, start = [], 0
+        for bucket, share in zip(self._holdings.buckets, own, strict=True):
+            part = slice(start, start + share.stop - share.start)
+            latents = (_shadowed(p.rows(part), w[share]) for p, w in zip(moved, weights, strict=True))
+            parts.append(_Part(bucket, Latents(*latents)))
+            start = part.stop
+        return weights, parts
+
+    def refresh(self, bound: Tensor | None = None) -> None:
+        """Say that weights or statistics were changed from outside, with what `save_bound` wrote down of these."""
+        for part in self._parts:
+            for parameter in part.latents:
+                if parameter.shadow is not None:
+                    parameter.shadow.copy_(parameter.weight)
+            self._publish(part)
+        self._settle()
+        self._bound = DeadBound(self._dead, self._config.dead_after_tokens, self._mesh.tp)
+        if bound is not None:
+            self._bound.load(bound)
 
     @torch.no_grad()
     def step(self, x: Tensor, lr: float) -> Metrics:
         """Train on raw activations x [B, d]; metrics as of `TrainStep.step`."""
         if not len(x):
             raise ValueError("a training step expects at least one row of activations, received none")
+        rows = len(x) * self._mesh.dp.size
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            room = self._bound.next(len(x)) if self._config.auxk else 0
+            room = self._bound.next(rows) if self._config.auxk else 0
             self._scalars.copy_(self._optimiser.advance(lr))
             metrics = self._train(x, room)
             if self._config.auxk:
-                self._bound.record(len(x))
+                self._bound.record(rows)
         if self._ema is not None:
             self._ema.count()
         return metrics
 
     def _train(self, x: Tensor, room: int) -> Metrics:
-        """Everything that is done on the device; at most `room` latents are dead."""
-        (rows, d), config = x.shape, self._config
-        encoder, bias, decoder = self._latents
+        """Everything that is done on the device; at most `room` latents of any rank are dead."""
+        config, mesh = self._config, self._mesh
+        rows, d = len(x) * mesh.dp.size, x.shape[1]
         eps = NORMALIZE_EPS if self._model.normalize else None
         centred, power, centred_power = centre(x, self._pre_bias.weight, eps, self._dtype)
-        selected = encode_topk(centred, _product(encoder), bias.weight, self._k)
-        values = selected.values.relu_()
+        self._settle()
+        values, indices = self._selected(centred)
         # What is reconstructed is what is encoded: the bias is in both x and its reconstruction.
-        found = reconstruct(values, selected.indices, _product(decoder), centred)
-        index = latent_index(selected.indices, self._model.n_latents)
-        self._dead.update(selected.indices, values, rows)
-        aux = self._auxk(centred, found.error, room) if room else None
+        found = self._reconstructed(values, indices, centred)
+        self._dead.update(indices, values, rows, mesh.dp)
+        aux = self._auxk(centred, found.error, room, rows) if room else None
         scale = 2 * config.mse_scale / (rows * d)
-        dead = aux.dead if aux is not None else None
-        of = SparseGradient(index, values, found.value_grads, found.error, centred, scale, dead)
-        pre_bias = column_sum(found.error) * scale - weighted_sum(of.bias, _product(encoder))
+        of = SparseGradient(
+            self._index(values, indices), values, found.value_grads, found.error, centred, scale,
+            aux.dead if aux is not None else None,
+        )  # fmt: skip
+        direct, by_latents = column_sum(found.error) * scale, weighted_sum(of.bias, self._weights.encoder)
         if aux is not None:
-            pre_bias += aux.pre_bias
-        norm = self._update(of, pre_bias)
-        squared = found.squared_error.sum()
-        loss = squared * (config.mse_scale / (rows * d))
+            direct, by_latents = direct + aux.direct, by_latents + aux.by_latents
+        n_dead = self._dead.mask(config.dead_after_tokens).sum(dtype=direct.dtype)
+        active = (values > 0).sum(dtype=direct.dtype)
+        by_latents, active, n_dead = mesh.tp.sum_all(by_latents, active, n_dead)
+        aux_loss = aux.loss if aux is not None else torch.zeros_like(active)
+        pre_bias, total, squared, normalised, spread, active, aux_loss = mesh.dp.sum_all(
+            direct - by_latents, column_sum(centred), found.squared_error.sum(),
+            (found.squared_error / power).sum(), centred_power.sum(), active, aux_loss,
+        )  # fmt: skip
+        norm = self._move(of, pre_bias)
         return {
-            "loss": loss if aux is None else loss + aux.loss,
-            "normalized_mse": (found.squared_error / power).mean(),
-            "fvu": squared / (centred_power.sum() - column_sum(centred).square().sum() / rows),
-            "l0": (values > 0).sum() / rows,
-            "dead": self._dead.mask(config.dead_after_tokens).float().mean(),
+            "loss": squared * (config.mse_scale / (rows * d)) + aux_loss,
+            "normalized_mse": normalised / rows,
+            "fvu": squared / (spread - total.square().sum() / rows),
+            "l0": active / rows,
+            "dead": n_dead / (self._model.n_latents * mesh.tp.size),
             "grad_norm": norm,
         }
 
-    def _update(self, of: SparseGradient, pre_bias: Tensor) -> Tensor:
+    def _selected(self, centred: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [B, k] and which they are; those that other ranks' have beaten are zero."""
+        k = min(self._k, self._model.n_latents)
+        values, indices = encode_topk(centred, self._weights.encoder, self._weights.bias, k)
+        return won(self._mesh.tp, values, self._k).relu_(), indices
+
+    def _reconstructed(self, values: Tensor, indices: Tensor, centred: Tensor) -> Reconstruction:
+        decoder, tp = self._weights.decoder, self._mesh.tp
+        if tp.size == 1:
+            return reconstruct(values, indices, decoder, centred)
+        return reconstruct(values, indices, decoder, centred, tp.sum_(partial(values, indices, decoder)))
+
+    def _index(self, values: Tensor, indices: Tensor) -> LatentIndex:
+        n = self._model.n_latents
+        if self._mesh.tp.size > 1:  # many are beaten, and need not be looked at again
+            indices = torch.where(values == 0, n, indices)
+        return latent_index(indices, n)
+
+    def _move(self, of: SparseGradient, pre_bias: Tensor) -> Tensor:
         """Move all parameters; returns the global norm of the gradients."""
         hyper = Hyper(self._scalars, 1 - self._ema.decay if self._ema is not None else 0.0)
-        squares = pre_bias.square().sum()
         if self._optimiser.clip is None:
-            norm = (update(self._latents, of, hyper).sum() + squares).sqrt()
+            squares = torch.zeros_like(pre_bias[0])
+            for part, gradient in self._gradients(of):
+                squares += update(part.latents, gradient, hyper).sum()
+                self._publish(part)
+            norm = self._norm(squares, pre_bias)
         else:
-            dense, by_latent = gradients(self._latents, of)
-            norm = (by_latent.sum() + squares).sqrt()
+            found = [
+                (part, gradients(of, part.bucket) if isinstance(gradient, SparseGradient) else gradient)
+                for part, gradient in self._gradients(of)
+            ]
+            norm = self._norm(torch.stack([project(part.latents, g).sum() for part, g in found]).sum(), pre_bias)
             hyper = self._optimiser.clipped(hyper, norm)
-            apply_gradients(self._latents, dense, hyper)
+            for part, gradient in found:
+                apply_gradients(part.latents, gradient, hyper)
+                self._publish(part)
         adam_(self._pre_bias, pre_bias, hyper)
         follow_(self._pre_bias, hyper)
         return norm
 
-    def _auxk(self, centred: Tensor, error: Tensor, room: int) -> Aux:
+    def _norm(self, squares: Tensor, pre_bias: Tensor) -> Tensor:
+        """Of all gradients, of which each rank knows the squares of those that it moves."""
+        return (self._mesh.everyone.sum_(squares) + pre_bias.square().sum()).sqrt()
+
+    def _gradients(self, of: SparseGradient) -> Iterator[tuple[_Part, SparseGradient | Gradients]]:
+        """Gradients of what this rank moves, summed over dp: one bucket is under way while the next is computed."""
+        if self._mesh.dp.size == 1:
+            yield from ((part, of) for part in self._parts)
+            return
+        begun = [[self._mesh.dp.begin_sum_to_shares(g) for g in gradients(of, part.bucket)] for part in self._parts]
+        for part, exchanges in zip(self._parts, begun, strict=True):
+            for _, wait in exchanges:
+                wait()
+            yield part, Gradients(*(gradient for gradient, _ in exchanges))
+
+    def _publish(self, part: _Part) -> None:
+        """Begin to give the ranks of dp the new weights of a part."""
+        if self._mesh.dp.size > 1:
+            bias = part.latents.bias
+            follow_(bias._replace(average=None), Hyper(self._scalars))  # kernels write no shadow of a bias
+            self._published += [self._holdings.begin_gather(rows, part.bucket) for rows in self._weights]
+
+    def _settle(self) -> None:
+        """Wait for the weights that others have moved."""
+        for wait in self._published:
+            wait()
+        self._published.clear()
+
+    def _auxk(self, centred: Tensor, error: Tensor, room: int, rows: int) -> Aux:
         """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
-        config, n = self._config, self._model.n_latents
+        config, n, tp = self._config, self._model.n_latents, self._mesh.tp
         mask = self._dead.mask(config.dead_after_tokens)
         # Every dead latent gets a place below room; what is left of it holds latent 0, with a bias that never wins.
         place = torch.where(mask, mask.cumsum(0) - 1, room)
         every = torch.arange(n, device=mask.device)
         ids = torch.zeros(room + 1, dtype=every.dtype, device=mask.device).scatter_(0, place, every)[:room]
-        real = torch.arange(room, device=mask.device) < mask.sum()
-        encoder, decoder = _product(self._latents.encoder)[ids], _product(self._latents.decoder)[ids]
-        bias = torch.where(real, self._latents.bias.weight[ids], -torch.inf)
-        dense = encode_dense_topk(centred, encoder, bias, min(config.auxk, room))
-        loss, grad = aux_error(dense @ decoder, error, self._pre_bias.weight)
-        # The bound may have been too careful: then there is no loss either.
-        coef = mask.any().to(loss.dtype) * (config.auxk_coef / len(centred))
-        pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ decoder.T, dense, 0)
-        bias_grad = column_sum(pre_act_grads) * (2 * coef)
-        dead = DeadGradients(
-            torch.where(mask, place, -1).to(torch.int32),
-            _wide_product(pre_act_grads.T, centred).mul_(2 * coef),
-            bias_grad,
-            _wide_product(dense.T, grad).mul_(2 * coef),
+        n_dead = mask.sum()
+        real = torch.arange(room, device=mask.device) < n_dead
+        dead = _Weights(
+            self._weights.encoder[ids],
+            torch.where(real, self._weights.bias[ids], -torch.inf),
+            self._weights.decoder[ids],
         )
-        return Aux(loss.sum() * coef, dead, column_sum(grad) * (2 * coef) - weighted_sum(bias_grad, encoder))
+        size = max(1, SCRATCH_BYTES // (room * centred.element_size()))
+        blocks = [self._aux_block(*block, dead) for block in zip(centred.split(size), error.split(size), strict=True)]
+        loss, encoder, bias, decoder, direct = (sum(sums[1:], start=sums[0]) for sums in zip(*blocks, strict=True))
+        # The bound may have been too careful: then there is no loss either.
+        coef = (tp.sum_(n_dead) > 0).to(loss.dtype) * (config.auxk_coef / rows)
+        bias = bias * (2 * coef)
+        found = DeadGradients(
+            torch.where(mask, place, -1).to(torch.int32), encoder.mul_(2 * coef), bias, decoder.mul_(2 * coef)
+        )
+        return Aux(loss * coef, found, direct * (2 * coef), weighted_sum(bias, dead.encoder))
 
-    def _parameter(self, name: str, *, shadowed: bool = False) -> Parameter:
-        parameter = self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)
-        if shadowed and self._dtype != parameter.weight.dtype:
-            parameter = parameter._replace(shadow=parameter.weight.to(self._dtype))
-        return parameter
+    def _aux_block(self, centred: Tensor, error: Tensor, dead: _Weights) -> tuple[Tensor, ...]:
+        """Of some rows, AuxK's loss and half its gradients: of the dead latents' encoder, bias and decoder, and of
+        the decoder's bias.
+        """
+        latents = self._aux_latents(centred, dead)
+        if self._mesh.tp.size == 1:
+            recons = latents @ dead.decoder
+        else:
+            recons = self._mesh.tp.sum_(_wide_product(latents, dead.decoder)).to(latents.dtype)
+        loss, grad = aux_error(recons, error, self._pre_bias.weight)
+        pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ dead.decoder.T, latents, 0)
+        encoder, decoder = _wide_product(pre_act_grads.T, centred), _wide_product(latents.T, grad)
+        return loss.sum(), encoder, column_sum(pre_act_grads), decoder, column_sum(grad)
+
+    def _aux_latents(self, centred: Tensor, dead: _Weights) -> Tensor:
+        """The auxk largest of all ranks' dead latents, among zeros: [B, m]."""
+        k, tp = min(self._config.auxk, len(dead.bias)), self._mesh.tp
+        if tp.size == 1:
+            return encode_dense_topk(centred, dead.encoder, dead.bias, k)
+        values, indices = encode_topk(centred, dead.encoder, dead.bias, k)
+        values = won(tp, values, self._config.auxk).relu_().to(centred.dtype)
+        return centred.new_zeros(len(centred), len(dead.bias)).scatter_(1, indices.long(), values)
+
+    def _parameter(self, name: str) -> Parameter:
+        return self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)
+
+    def save_bound(self, into: Tensor) -> None:
+        """Write down what is known of the number of dead latents, so that a resumed training takes the same bits."""
+        into.copy_(self._bound.state())
 
 
 class _Count(NamedTuple):
     """A number on its way to the host, and the number of tokens up to which it is a bound."""
 
     latents: Tensor
-    copied: torch.cuda.Event
+    copied: torch.cuda.Event | None
     holds_until: int
 
 
 class DeadBound:
-    """How many latents may be dead in the coming step, without waiting for a GPU to count them.
+    """How many latents may be dead in the coming step on any rank of tp, without waiting for a GPU to count them.
 
     On a GPU the count made two steps before is read, of the latents that can be dead by then.
     """
 
     LAG = 2
 
-    def __init__(self, dead: DeadLatents, threshold: int) -> None:
+    def __init__(self, dead: DeadLatents, threshold: int, tp: Group | None = None) -> None:
         self._dead, self._threshold = dead, threshold
+        self._tp = tp if tp is not None else Group()
         self._tokens = 0
         self._counts: deque[_Count] = deque()
 
@@ -222,7 +363,8 @@ class DeadBound:
         if known is None or self._tokens + rows > known.holds_until:  # the first steps, and larger ones, wait
             bound = int(self._within(rows))
         else:
-            known.copied.synchronize()
+            if known.copied is not None:
+                known.copied.synchronize()
             bound = int(known.latents)
         if not since.is_cuda:
             return bound
@@ -241,9 +383,25 @@ class DeadBound:
         copied.record()
         self._counts.append(_Count(count, copied, self._tokens + self.LAG * rows))
 
+    def state(self) -> Tensor:
+        """int64 [LAG, 3] of the counts that are still to be read: latents, tokens left, size of tp; or -1."""
+        rows = [[-1] * 3] * (self.LAG - len(self._counts))
+        for count in self._counts:
+            if count.copied is not None:
+                count.copied.synchronize()
+            rows.append([int(count.latents), count.holds_until - self._tokens, self._tp.size])
+        return torch.tensor(rows[-self.LAG :])
+
+    def load(self, state: Tensor) -> None:
+        """Go on from counts made with as many ranks; others' are of no use."""
+        self._tokens = 0
+        self._counts = deque(
+            _Count(torch.tensor(latents), None, left) for latents, left, size in state.tolist() if size == self._tp.size
+        )
+
     def _within(self, tokens: int) -> Tensor:
-        """How many latents are dead after so many tokens more, if none of them fires."""
-        return (self._dead.tokens_since > self._threshold - tokens).sum()
+        """How many latents of a rank are dead after so many tokens more, if none of them fires."""
+        return self._tp.max_((self._dead.tokens_since > self._threshold - tokens).sum())
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -253,6 +411,6 @@ def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def _product(parameter: Parameter) -> Tensor:
-    """The weight in the type of products."""
-    return parameter.weight if parameter.shadow is None else parameter.shadow
+def _shadowed(parameter: Parameter, copy: Tensor) -> Parameter:
+    """The parameter with its copy for products, where that is another tensor."""
+    return parameter if copy.data_ptr() == parameter.weight.data_ptr() else parameter._replace(shadow=copy)

@@ -1,20 +1,22 @@
-"""One training step on one device.
+"""One training step, on one device or on a mesh of them.
 
 Shapes: B rows, d features, n latents, k selected latents per row, n_dead dead latents.
 Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2 and appendix A.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from sae.kernels.decode import decode
 from sae.kernels.topk import topk
-from sae.losses import autoencoder_loss, fvu, normalized_mse, topk_loss
-from sae.model import Autoencoder, TopK
+from sae.losses import normalized_l1, normalized_mse, topk_loss
+from sae.mesh import Mesh
+from sae.model import Autoencoder, TopK, won
 from sae.optimise import EMA, DeadLatents, Optimiser, copy_tensors_
-from sae.sparse_step import Metrics, SparseStep, StepConfig
+from sae.sharded import Holdings
+from sae.sparse_step import DeadBound, Metrics, SparseStep, StepConfig
 
 __all__ = ["Metrics", "StepConfig", "TrainStep"]
 
@@ -24,80 +26,132 @@ class TrainStep:
 
     Make it after the autoencoder is on its device. With `normalize`, losses and metrics are those of the
     normalised space.
+
+    On a mesh the autoencoder is the shard that this rank holds; see `sae.sharded` for what is held and owned.
     """
 
-    def __init__(self, autoencoder: Autoencoder, config: StepConfig) -> None:
+    def __init__(self, autoencoder: Autoencoder, config: StepConfig, mesh: Mesh | None = None) -> None:
         self.autoencoder = autoencoder
         self.config = config
-        self.optimiser = Optimiser(autoencoder, config.clip)
-        self.ema = EMA(autoencoder, config.ema_decay) if config.ema_decay is not None else None
+        self.mesh = mesh if mesh is not None else Mesh()
+        self.holdings = Holdings(autoencoder, self.mesh)
+        self.optimiser = Optimiser(self.holdings.owned, config.clip)
+        self.ema = EMA(self.holdings.owned, config.ema_decay) if config.ema_decay is not None else None
         self.dead = DeadLatents(autoencoder.stats_last_nonzero)
+        self._bound = torch.full((DeadBound.LAG, 3), -1)
         fits = isinstance(autoencoder.activation, TopK) and SparseStep.fits(autoencoder)
-        self._sparse = SparseStep(autoencoder, config, self.optimiser, self.ema, self.dead) if fits else None
+        self._sparse = SparseStep(self.holdings, config, self.optimiser, self.ema, self.dead) if fits else None
 
     def step(self, x: Tensor, lr: float) -> Metrics:
-        """Train on raw activations x [B, d] with learning rate lr.
+        """Train on raw activations x [B, d] with learning rate lr; on a mesh, on those of all dp ranks.
 
         Returns scalar tensors of this batch, before the update: loss, normalized_mse, fvu, l0 (active
         latents per row), dead (fraction of latents), grad_norm.
         """
         if self._sparse is not None:
             return self._sparse.step(x, lr)
-        x, _ = self.autoencoder.preprocess(x)
+        x, _ = self.autoencoder.preprocess(x.to(self.autoencoder.pre_bias.dtype))
         forward = self._topk if isinstance(self.autoencoder.activation, TopK) else self._dense
-        loss, recons, l0 = forward(x)
-        loss.backward()
-        grad_norm = self.optimiser.step(lr)
-        if self.ema is not None:
-            self.ema.update(self.autoencoder)
-        recons = recons.detach()
-        return {
-            "loss": loss.detach(),
-            "normalized_mse": normalized_mse(recons, x),
-            "fvu": fvu(recons, x),
-            "l0": l0,
-            "dead": self.dead.mask(self.config.dead_after_tokens).float().mean(),
-            "grad_norm": grad_norm,
-        }
+        loss, of_shard, recons, active = forward(x)
+        ((loss + of_shard) / self.mesh.dp.size).backward()
+        grad_norm = self._move(lr)
+        of_shard, active = self.mesh.tp.sum_all(of_shard.detach(), active)
+        return {**self._metrics(x, recons.detach(), loss.detach() + of_shard, active), "grad_norm": grad_norm}
 
-    def _topk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _topk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss, what the shard's own latents add to it, reconstructions, and the number of active latents."""
         model, config = self.autoencoder, self.config
         assert isinstance(model.activation, TopK)
         with torch.no_grad():
             pre_act = model.encode_pre_act(x)
-            selected, indices = topk(pre_act, model.activation.k)
+            selected, indices = model.select(pre_act, model.activation.k)
             active = model.activation.postact(selected)
-            self.dead.update(indices, active, len(x))
+            self.dead.update(indices, active, len(x) * self.mesh.dp.size, self.mesh.dp)
             aux_selected, aux_indices = self._select_dead(pre_act)
         # One attached tensor for both selections: the encoder's gradient is then one sparse product.
         both = torch.cat([selected, aux_selected], dim=1), torch.cat([indices, aux_indices], dim=1)
         latents = model.activation.postact(model.attach(x, *both))
+        latents = torch.where(both[0].isneginf(), 0, latents)  # beaten by another shard's
         values, aux_values = latents.split([indices.shape[1], aux_indices.shape[1]], dim=1)
-        recons = _reconstruct(model, values, indices)
+        recons = model.recombine_sparse(values, indices)
         aux_recons = None
         if aux_indices.shape[1]:
-            aux_recons = _reconstruct(model, aux_values, aux_indices)
+            aux_recons = model.recombine_sparse(aux_values, aux_indices)
         loss = topk_loss(recons, x, config.mse_scale, aux_recons, model.pre_bias, config.auxk_coef)
-        return loss, recons, (active > 0).sum(dim=1).float().mean()
+        return loss, torch.zeros_like(loss), recons, (active > 0).sum(dtype=loss.dtype)
 
     def _select_dead(self, pre_act: Tensor) -> tuple[Tensor, Tensor]:
         """Return the auxk largest pre-activations [B, n] among dead latents, with their ids; maybe none."""
+        tp = self.mesh.tp
         dead = self.dead.mask(self.config.dead_after_tokens).nonzero().squeeze(1)
-        auxk = min(self.config.auxk, len(dead))
+        most = int(tp.max_(torch.tensor(len(dead), device=dead.device)))
+        auxk = min(self.config.auxk, most)
         if not auxk:
             empty = pre_act[:, :0]
             return empty, empty.to(torch.int64)
-        values, positions = topk(pre_act[:, dead], auxk)
+        # Every rank gives as many candidates; what it has too few of can't win.
+        missing = max(0, auxk - len(dead))
+        dead = torch.cat([dead, dead.new_zeros(missing)])
+        candidates = pre_act[:, dead]
+        candidates[:, len(dead) - missing :] = -torch.inf
+        values, positions = topk(candidates, auxk)
+        if tp.size > 1:
+            positions, order = positions.sort(dim=1)
+            values = won(tp, values.gather(1, order), self.config.auxk)
         return values, dead[positions]
 
-    def _dense(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _dense(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See `_topk`."""
         model = self.autoencoder
-        latents = model.activation(model.encode_pre_act(x))
-        recons = latents @ model.decoder_rows + model.pre_bias
-        active = latents.detach() != 0
-        self.dead.update_fired((latents.detach() > 0).any(dim=0), len(x))
-        loss = autoencoder_loss(recons, x, latents, self.config.l1_coef)
-        return loss, recons, active.sum(dim=1).float().mean()
+        latents = model.activate(model.encode_pre_act(x))
+        recons = model.recombine(latents)
+        active = (latents.detach() != 0).sum(dtype=x.dtype)
+        self.dead.update_fired((latents.detach() > 0).any(dim=0), len(x) * self.mesh.dp.size, self.mesh.dp)
+        return normalized_mse(recons, x), self.config.l1_coef * normalized_l1(latents, x), recons, active
+
+    def _move(self, lr: float) -> Tensor:
+        """Move what this rank owns by the gradients of what it holds; returns their global norm."""
+        if self.mesh.dp.size > 1:
+            self.holdings.collect_gradients()
+        grad_norm = self.optimiser.step(lr, self.mesh.everyone)
+        if self.ema is not None:
+            self.ema.update(self.holdings.owned)
+        self.holdings.copy_owned()
+        return grad_norm
+
+    def _metrics(self, x: Tensor, recons: Tensor, loss: Tensor, active: Tensor) -> Metrics:
+        tp, dp = self.mesh.tp, self.mesh.dp
+        rows = len(x) * dp.size
+        mean = dp.sum_(x.sum(dim=0)) / rows
+        squared, spread, normalised, loss, active = dp.sum_all(
+            (recons - x).square().sum(), (x - mean).square().sum(), normalized_mse(recons, x), loss, active
+        )
+        n_dead = tp.sum_(self.dead.mask(self.config.dead_after_tokens).sum(dtype=x.dtype))
+        return {
+            "loss": loss / dp.size,
+            "normalized_mse": normalised / dp.size,
+            "fvu": squared / spread,
+            "l0": active / rows,
+            "dead": n_dead / (len(self.dead.tokens_since) * tp.size),
+        }
+
+    @contextmanager
+    def averaged(self) -> Iterator[Autoencoder]:
+        """What this rank owns, with the weights' moving averages inside the block, where they are kept."""
+        self.holdings.copy_statistics()
+        with self.ema.swap(self.holdings.owned) if self.ema is not None else nullcontext():
+            yield self.holdings.owned
+
+    @contextmanager
+    def averaged_shard(self) -> Iterator[Autoencoder]:
+        """The same of all that it holds, to compute with; every rank must enter."""
+        with self.averaged() as owned:
+            if owned is self.autoencoder:
+                yield owned
+                return
+            shard = self.holdings.empty(self.autoencoder.n_latents)
+            self.holdings.copy_owned(shard)
+            yield shard
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, flat and contiguous.
@@ -112,21 +166,21 @@ class TrainStep:
         Raises AutoencoderError when it is of another autoencoder or configuration.
         """
         copy_tensors_(self._tensors(), state)
+        self.holdings.spread()
         if self._sparse is not None:
-            self._sparse.refresh()
+            self._sparse.refresh(self._bound)
 
     def _tensors(self) -> dict[str, Tensor]:
-        model = self.autoencoder
+        owned = self.holdings.owned
+        self.holdings.copy_statistics()
+        if self._sparse is not None:
+            self._sparse.save_bound(self._bound)
         parts: dict[str, Mapping[str, Tensor]] = {
-            "autoencoder": {**dict(model.named_parameters()), **dict(model.named_buffers())},
+            "autoencoder": {**dict(owned.named_parameters()), **dict(owned.named_buffers())},
             "optimiser": self.optimiser.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else {},
+            "dead": {"bound": self._bound},
         }
         return {
             f"{part}.{name}": tensor.detach() for part, tensors in parts.items() for name, tensor in tensors.items()
         }
-
-
-def _reconstruct(model: Autoencoder, values: Tensor, indices: Tensor) -> Tensor:
-    """Decode sparse latents [B, k] to [B, d] without undoing the normalisation."""
-    return decode(values, indices, model.decoder_rows) + model.pre_bias

@@ -5,6 +5,7 @@ SaeError
 ├── CorpusError        an input file or one of its rows
 ├── SubjectError       the subject model, its tokenizer or its hook
 ├── AutoencoderError   an autoencoder's shape, state or checkpoint
+├── WorkerError        a worker that was lost, or has too little memory
 ├── LakeError          the lake's files, log or version
 │   ├── ConflictError  another writer committed the same unit of work first
 │   └── IncompleteError  an earlier step has not finished
@@ -31,6 +32,10 @@ class SubjectError(SaeError):
 
 
 class AutoencoderError(SaeError):
+    pass
+
+
+class WorkerError(SaeError):
     pass
 
 

@@ -7,7 +7,7 @@ from sae.jobs import cli, encode, runs
 from sae.jobs.encode import Encoder
 from sae.jobs.harvest import Harvester
 from sae.jobs.lake import Lake
-from sae.jobs.train import Trainer
+from sae.jobs.trainer import Trainer
 from sae.schemas.config import Run
 from tests.tiny_run import Lab
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sae.jobs.lake import Lake
-from sae.jobs.train import Trainer
+from sae.jobs.trainer import Trainer
 from sae.schemas.errors import ConflictError
 from tests.in_process import harvest_all, run_of, train
 from tests.models import tiny_gpt2

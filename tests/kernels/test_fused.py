@@ -1,5 +1,6 @@
 """The kernels of the training step against their twins in double precision, and against themselves."""
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -205,7 +206,8 @@ def parameter(shape: tuple[int, ...], device: str, dtype: torch.dtype, seed: int
 
 
 def fresh(latents: update.Latents) -> update.Latents:
-    return update.Latents(*(update.Parameter(*(None if t is None else t.clone() for t in p)) for p in latents))
+    every = slice(0, len(latents.bias.weight))
+    return update.Latents(*(copy.deepcopy(parameter.rows(every)) for parameter in latents))
 
 
 def copied(latents: update.Latents, dtype: torch.dtype) -> update.Latents:

@@ -178,7 +178,7 @@ def test_the_kernels_train_like_their_twins(clip: float | None) -> None:
     ("activation", "options"),
     [(TopK(K), {"normalize": True}), (TopK(K), {"tied": True}), (ReLU(), {}), (Identity(), {})],
 )
-def test_resumed_training_has_the_same_bits(activation: Any, options: dict[str, bool]) -> None:
+def test_resumed_training_has_the_same_bits(activation: Any, options: dict[str, Any]) -> None:
     config = replace(CONFIG, l1_coef=0.01)
     data = [x.float() for x in batches(10)]
     straight = TrainStep(fresh(activation, **options).float(), config)

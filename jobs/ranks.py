@@ -1,0 +1,214 @@
+"""Ranks: the workers of one training as Ray actors, placed, joined by torch.distributed, and watched.
+
+Plain actors rather than Ray Train's worker group: that costs 15 s a start, and keeps its own checkpoints beside the
+lake's. A worker that dies leaves the others waiting in a collective; whoever watches kills them, and starts all anew.
+"""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Final
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util import get_node_ip_address
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from sae.jobs import cluster, progress
+from sae.mesh import Mesh
+from sae.schemas.config import Run
+from sae.schemas.errors import ConfigError, SaeError, WorkerError
+
+_PLACED_WITHIN_S: Final = 30.0
+_SAY_EVERY_S: Final = 60.0
+_OTHERS_TELL_WITHIN_S: Final = 3.0
+
+
+class Lost(Exception):
+    """A worker is gone, or can't reach another; what was committed is not."""
+
+
+def n_ranks(config: Run) -> int:
+    return config.cluster.tp * config.cluster.dp
+
+
+# In a worker
+
+
+def free_address() -> str:
+    """An address of this machine that nobody listens at."""
+    host = get_node_ip_address()
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return f"tcp://{host}:{free.getsockname()[1]}"
+
+
+@contextmanager
+def joined(config: Run, rank: int, size: int, address: str) -> Iterator[Mesh]:
+    """The mesh of all ranks, of which the first is found at `address`."""
+    if size == 1:
+        yield Mesh()
+        return
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and not dist.is_nccl_available():
+        raise ConfigError("cluster: tp and dp on GPUs need a torch with NCCL, which this one lacks; install another")
+    timeout = timedelta(seconds=config.cluster.timeout_s)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", address, timeout, size, rank)
+        mesh = Mesh.join(config.cluster.tp, config.cluster.dp, timeout)
+        mesh.everyone.sum_(torch.ones(1, device="cuda" if on_gpu else "cpu"))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"cluster: rank {rank} on {get_node_ip_address()} can't reach the others by {address} within "
+            f"cluster.timeout_s, {config.cluster.timeout_s:.0f} s ({reason}); open the ports between the nodes, or "
+            "name the network's interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+        ) from None
+    yield mesh
+    # Not after an error: others may be in a collective, and this process is killed anyway.
+    dist.destroy_process_group()
+
+
+# In the driver
+
+
+@contextmanager
+def placed(config: Run, worker: type) -> Iterator[list[Any]]:
+    """Actors `worker(config, rank, n_ranks)` for all ranks, which end with the block."""
+    size = n_ranks(config)
+    check_gpus(config)
+    options = cluster.worker_options(config, size)
+    group = _group(config, options) if size > 1 else None
+    actors: list[Any] = []
+    try:
+        for rank in range(size):
+            where: dict[str, Any] = {}
+            if group is not None:
+                bundle = rank * group.bundle_count // size
+                where["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, bundle)
+            made: Any = ray.remote(worker).options(max_concurrency=2, **options, **where)
+            actors.append(made.remote(config, rank, size))
+        yield actors
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        if group is not None:
+            remove_placement_group(group)
+
+
+def check_gpus(config: Run) -> None:
+    """Raises ConfigError where there are GPUs, but fewer than ranks, each of which needs one of its own."""
+    size, known = n_ranks(config), int(ray.cluster_resources().get("GPU", 0))
+    share = config.cluster.gpus_per_worker
+    if size > 1 and share is not None and 0 < share < 1:
+        raise ConfigError(f"cluster.gpus_per_worker: got {share}, but ranks of tp and dp need a GPU each; give 1 or 0")
+    if share is None and 0 < known < size:
+        raise ConfigError(
+            f"cluster.tp {config.cluster.tp} times cluster.dp {config.cluster.dp} is {size} ranks, each on a GPU of "
+            f"its own, but there are {known}; lower them, or set cluster.gpus_per_worker: 1 to wait for more"
+        )
+
+
+def _group(config: Run, options: dict[str, Any]) -> PlacementGroup:
+    """Room for all ranks: those of a tp group on one node, where a node is large enough."""
+    tp, dp = config.cluster.tp, config.cluster.dp
+    one = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    together = any(all(node.get(kind, 0) >= tp * amount for kind, amount in one.items()) for node in nodes)
+    each, bundles = (tp, dp) if together else (1, tp * dp)
+    group: PlacementGroup = placement_group(
+        [{kind: each * amount for kind, amount in one.items() if amount}] * bundles, "PACK"
+    )
+    try:
+        _wait(group, config)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def _wait(group: PlacementGroup, config: Run) -> None:
+    waited, limit = 0.0, _PLACED_WITHIN_S
+    asks_for_more = config.cluster.gpus_per_worker is not None
+    while True:
+        try:
+            ray.get(group.ready(), timeout=limit)
+            return
+        except GetTimeoutError:
+            waited, limit = waited + limit, _SAY_EVERY_S
+        wanted = f"{n_ranks(config)} workers (cluster.tp times cluster.dp)"
+        if not asks_for_more:
+            raise WorkerError(
+                f"cluster: no room for {wanted} within {waited:.0f} s; others use the nodes, or one was lost: wait for "
+                "them, or lower cluster.tp or cluster.dp"
+            )
+        progress.say(f"waiting for room for {wanted}, {waited:.0f} s so far")
+
+
+class Reports:
+    """What the first rank's `train` yields, while the others `follow`; an interrupt while waiting changes nothing.
+
+    Raises the SaeError of whichever rank has one, and Lost where a rank is gone.
+    """
+
+    def __init__(self, actors: list[Any]) -> None:
+        self._actors = actors
+        self._stream: Any = None
+        self._others: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            self._begin()
+            while True:
+                (ready, *_), _ = ray.wait([self._stream, *self._others], num_returns=1)
+                if ready in self._others:
+                    ray.get(ready)
+                    self._others.remove(ready)
+                else:
+                    return ray.get(next(self._stream))
+        except StopIteration:
+            self._get(self._others)
+            raise
+        except RayError as error:
+            raise _cause(error, self._others, len(self._actors)) from None
+
+    def stop(self) -> None:
+        """Lets all ranks end with a checkpoint; what they report until then is still to be read."""
+        self._get([actor.stop.remote() for actor in self._actors])
+
+    def _begin(self) -> None:
+        if self._stream is None:
+            first, *rest = self._actors
+            address = ray.get(first.address.remote()) if rest else ""
+            self._others = [actor.follow.remote(address) for actor in rest]
+            self._stream = first.train.options(num_returns="streaming").remote(address)
+
+    def _get(self, references: list[Any]) -> None:
+        try:
+            ray.get(references)
+        except RayError as error:
+            raise _cause(error, self._others, len(self._actors)) from None
+
+
+def _cause(error: RayError, others: list[Any], size: int) -> BaseException:
+    """Why a rank ended: the first that ends may only have missed one that had a reason."""
+    ended, _ = ray.wait(others, num_returns=len(others), timeout=_OTHERS_TELL_WITHIN_S) if others else ([], [])
+    errors: list[BaseException] = [error]
+    for one in ended:
+        try:
+            ray.get(one)
+        except RayError as its:
+            errors.append(its)
+    for found in map(cluster.cause, errors):
+        if isinstance(found, SaeError):
+            return found
+    if size > 1 or isinstance(error, RayActorError):
+        return Lost(cluster.first_line(error))
+    return error

@@ -1,0 +1,244 @@
+"""One autoencoder in training, on this rank: its step, its checkpoints, its metrics."""
+
+import math
+import time
+from typing import Any, Final
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from sae.activations import ReLU, TopK
+from sae.collectives import Group
+from sae.initialise import initialise
+from sae.jobs import checkpoints
+from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
+from sae.jobs.loggers import Logger
+from sae.mesh import Mesh
+from sae.metrics import reconstruction
+from sae.model import Autoencoder
+from sae.schedule import learning_rate
+from sae.schemas.config import Run
+from sae.schemas.errors import AutoencoderError, ConflictError, SaeError
+from sae.schemas.tables import METRICS
+from sae.training import Metrics, StepConfig, TrainStep
+
+Shard = dict[str, Any]
+
+_LOGGED_STEPS: Final = 10_000
+
+
+def n_steps(config: Run) -> int:
+    """Steps that training.tokens takes."""
+    return -(-config.training.tokens // config.training.batch_tokens)
+
+
+def known_state(snapshot: Snapshot, config: Run) -> dict[str, Any] | None:
+    """The autoencoder's property in the lake, if any, checked against the config."""
+    state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{config.autoencoder.name}")
+    if state is None:
+        return None
+    checkpoints.check_made_with(state, config, lambda key: True)
+    return state
+
+
+def new_autoencoder(config: Run, d_model: int, tp: Group | None = None) -> Autoencoder:
+    """An autoencoder of the config's shape, or this rank's shard of it, not yet initialised."""
+    shape, tp = config.autoencoder, tp if tp is not None else Group()
+    if shape.k > d_model and shape.activation == "topk":
+        raise AutoencoderError(
+            f"autoencoder.k: got {shape.k}, more than the {d_model} dimensions at {config.subject.hook}; lower k"
+        )
+    activation = TopK(shape.k) if shape.activation == "topk" else ReLU()
+    return Autoencoder(shape.n_latents // tp.size, d_model, activation, shape.tied, shape.normalize, tp)
+
+
+class Trainee:
+    """An autoencoder that all ranks of a mesh train together; each calls every method, in the same order."""
+
+    def __init__(self, config: Run, lake: Lake, subject: dict[str, Any], device: str, mesh: Mesh, n_lanes: int) -> None:
+        """`subject` is what the autoencoder's property says of it: model, hook and d_model."""
+        self._config, self._lake, self._subject, self._mesh = config, lake, subject, mesh
+        self._name = config.autoencoder.name
+        self._device = device
+        self._last_step = n_steps(config)
+        self._log_every = max(1, self._last_step // _LOGGED_STEPS)
+        self._logged: list[tuple[int, dict[str, Any]]] = []
+        self._timed: list[tuple[int, dict[str, Any]]] = []
+        self._state = known_state(lake.snapshot(), config)
+        self._checkpoints: list[Any] = self._state["checkpoints"] if self._state else []
+        self.n_lanes: int = self._state.get("lanes", 1) if self._state else n_lanes
+        self.steps_done = self._state["tokens"] // config.training.batch_tokens if self._state else 0
+        self._saved = self.steps_done
+        self.report = ""
+        self._clock = time.monotonic(), self.steps_done
+        self._logger = Logger(config, lake) if mesh.everyone.rank == 0 else None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing to go on from, so that `start` needs a sample."""
+        return self._state is None
+
+    def start(self, sample: Tensor | None) -> None:
+        """Begin, from a sample of activations [m, d] or from the last checkpoint."""
+        autoencoder = new_autoencoder(self._config, self._subject["d_model"], self._mesh.tp).to(self._device)
+        self._shape = autoencoder.config()
+        if sample is not None:
+            generator = torch.Generator().manual_seed(self._config.seed)
+            self._mse_scale = initialise(autoencoder, sample, generator, self._mesh.everyone)
+        else:
+            assert self._state is not None
+            self._mse_scale = self._state["mse_scale"]
+        self._step = TrainStep(autoencoder, _step_config(self._config, self._mse_scale), self._mesh)
+        if self._state is not None:
+            owned = self._mesh.owned(self._config.autoencoder.n_latents)
+            last = self._state["checkpoints"][-1]["state"]
+            self._step.load_state_dict(checkpoints.read(self._lake, self._lake.snapshot(), last, owned))
+        if self._logger is not None:
+            self._logger.__enter__()
+
+    def step(self, step: int, x: Tensor) -> Metrics | None:
+        """Step number `step` (from 1), on this rank's rows x [B, d]; None where it was done before."""
+        if step <= self.steps_done:
+            return None
+        metrics = self._step.step(x, self._lr(step))
+        self.steps_done = step
+        if step % self._log_every == 0 or step == self._last_step:
+            self._logged.append((step, metrics))
+            self._timed.append((step, self._speed(step)))
+        return metrics
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made after a step."""
+        batch, every = self._config.training.batch_tokens, self._config.training.checkpoint_tokens
+        return step == self._last_step or step * batch // every > (step - 1) * batch // every
+
+    def save(self, held_out: Tensor | None) -> None:
+        """Validate on held-out activations [m, d], if any, and commit a checkpoint, where steps were made since."""
+        step, batch = self.steps_done, self._config.training.batch_tokens
+        if step == self._saved:
+            return
+        rows = _metric_rows("train", batch, self._logged) + _metric_rows("machine", batch, self._timed)
+        quality: dict[str, Tensor] = {}
+        if held_out is not None:
+            with self._step.averaged_shard() as shard:
+                quality = reconstruction(shard, held_out.to(self._device).float(), self._mesh.dp)
+        scores = _metric_rows("validation", batch, [(step, quality)])
+        self._commit(step, rows + scores, {row[3]: row[4] for row in scores})
+        self.report = ", ".join(f"{row[3]} {row[4]:.4g}" for row in scores)
+        if self._logger is not None:
+            self._logger.log(rows + scores)
+        self._logged, self._timed, self._saved = [], [], step
+
+    def end(self, error: BaseException | None) -> None:
+        """Close the loggers."""
+        if self._logger is not None:
+            self._logger.__exit__(type(error) if error else None, error, None)
+
+    def _lr(self, step: int) -> float:
+        training = self._config.training
+        return learning_rate(
+            (step - 1) * training.batch_tokens,
+            training.batch_tokens,
+            total_tokens=training.tokens,
+            peak=training.lr,
+            warmup_tokens=training.warmup_tokens,
+            decay_fraction=training.decay_fraction,
+            schedule=training.schedule,
+        )
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Of the steps since the last ones that were logged, as the host sees them."""
+        (then, before), now = self._clock, time.monotonic()
+        self._clock = now, step
+        rate = (step - before) * self._config.training.batch_tokens / max(now - then, 1e-9)
+        if not torch.cuda.is_available():
+            return {"tokens_per_second": rate}
+        return {"tokens_per_second": rate, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+
+    def _commit(self, step: int, rows: list[Any], scores: dict[str, float]) -> None:
+        """Weights, training state, metrics and the autoencoder's property, in one commit of rank 0."""
+        config, name, everyone = self._config, self._name, self._mesh.everyone
+        if not all(math.isfinite(row[4]) for row in rows):
+            raise AutoencoderError(
+                f"autoencoder {name}: training diverged before step {step} (a metric is NaN or infinite); lower "
+                "training.lr, or set training.clip_norm, and run sae train again to go on from the last checkpoint"
+            )
+        mine = self._written(self._lake.transaction("train"))
+        written = everyone.gather_objects(mine)
+        if isinstance(mine, Exception):
+            raise mine
+        if everyone.rank > 0:
+            return
+        with self._lake.transaction("train") as transaction:
+            checkpoint: dict[str, Any] = {"step": step, "tokens": step * config.training.batch_tokens}
+            failed = [one for one in written if isinstance(one, Exception)]
+            shards = [one for one in written if not isinstance(one, Exception)]
+            transaction.adopt(file for files, _, _ in shards for file in files)
+            if failed:
+                raise failed[0]
+            checkpoint |= {"model": [model for _, model, _ in shards], "state": [state for _, _, state in shards]}
+            known = transaction.base.properties.get(f"autoencoder/{name}", {"checkpoints": []})
+            if known["checkpoints"] != self._checkpoints:
+                raise ConflictError(f"autoencoder {name}: another training of it commits too; let only one go on")
+            every = [*self._checkpoints, {**checkpoint, "fvu": scores.get("fvu")}]
+            kept = checkpoints.kept(every, config.training.keep_checkpoints)
+            dropped = [old for old in known["checkpoints"] if old not in kept]
+            transaction.write("metrics", _metrics_table(rows), autoencoder=name)
+            transaction.remove(transaction.base.files[path] for old in dropped for path in checkpoints.paths(old))
+            transaction.set(f"autoencoder/{name}", self._property(step, kept))
+        self._checkpoints = kept
+
+    def _written(self, transaction: Transaction) -> "tuple[list[DataFile], Shard, Shard] | Exception":
+        """This rank's files of weights and of training state, for rank 0 to commit; or why there are none."""
+        latents = self._mesh.owned(self._config.autoencoder.n_latents)
+        try:
+            with self._step.averaged() as owned:
+                model = checkpoints.write_tensors(transaction, "checkpoints", self._name, owned.tensors(), latents)
+            tensors = self._step.state_dict()
+            state = checkpoints.write_tensors(transaction, "training_states", self._name, tensors, latents)
+            return transaction.hand_over(), model, state
+        except (SaeError, OSError) as error:
+            transaction.discard()
+            return error
+
+    def _property(self, step: int, kept: list[Any]) -> dict[str, Any]:
+        config = self._config
+        return {
+            **self._subject,
+            "masked_positions": list(config.subject.masked_positions),
+            "corpus": config.corpus.name,
+            "n_latents": config.autoencoder.n_latents,
+            "k": config.autoencoder.k,
+            "config": self._shape,
+            "made_with": checkpoints.made_with(config),
+            "mse_scale": self._mse_scale,
+            "lanes": self.n_lanes,
+            "step": step,
+            "tokens": step * config.training.batch_tokens,
+            "complete": step == self._last_step,
+            "checkpoints": kept,
+        }
+
+
+def _step_config(config: Run, mse_scale: float) -> StepConfig:
+    training = config.training
+    return StepConfig(
+        mse_scale=mse_scale,
+        auxk=config.autoencoder.auxk,
+        auxk_coef=training.auxk_coef,
+        dead_after_tokens=training.dead_tokens,
+        l1_coef=training.l1_coef,
+        clip=training.clip_norm,
+        ema_decay=training.ema or None,
+    )
+
+
+def _metric_rows(phase: str, batch: int, logged: list[tuple[int, dict[str, Any]]]) -> list[Any]:
+    return [
+        (phase, step, step * batch, name, float(value)) for step, metrics in logged for name, value in metrics.items()
+    ]
+
+
+def _metrics_table(rows: list[Any]) -> pa.Table:
+    return pa.table([pa.array(column) for column in zip(*rows, strict=True)], schema=METRICS)
