@@ -1,10 +1,10 @@
 """One autoencoder in training, on this rank: its step, its checkpoints, its metrics."""
 
 import math
-import time
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from sae.activations import ReLU, TopK
 from sae.collectives import Group
 from sae.initialise import initialise
 from sae.jobs import checkpoints
+from sae.jobs.history import Clock, History, Row, rows_of
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.jobs.loggers import Logger
 from sae.mesh import Mesh
@@ -42,6 +43,13 @@ def known_state(snapshot: Snapshot, config: Run) -> dict[str, Any] | None:
     return state
 
 
+def held_out_figures(lake: Lake, name: str) -> str:
+    """What the newest validation of an autoencoder found, for people; empty where nothing was held out."""
+    files = lake.snapshot().select("metrics", autoencoder=name)
+    found = lake.read(files, filters=pc.field("phase") == "validation").sort_by([("step", "descending")]).to_pylist()
+    return ", ".join(f"{row['metric']} {row['value']:.4g}" for row in found if row["step"] == found[0]["step"])
+
+
 def new_autoencoder(config: Run, d_model: int, tp: Group | None = None) -> Autoencoder:
     """An autoencoder of the config's shape, or this rank's shard of it, not yet initialised."""
     shape, tp = config.autoencoder, tp if tp is not None else Group()
@@ -63,15 +71,13 @@ class Trainee:
         self._device = device
         self._last_step = n_steps(config)
         self._log_every = max(1, self._last_step // _LOGGED_STEPS)
-        self._logged: list[tuple[int, dict[str, Any]]] = []
-        self._timed: list[tuple[int, dict[str, Any]]] = []
         self._state = known_state(lake.snapshot(), config)
         self._checkpoints: list[Any] = self._state["checkpoints"] if self._state else []
         self.n_lanes: int = self._state.get("lanes", 1) if self._state else n_lanes
         self.steps_done = self._state["tokens"] // config.training.batch_tokens if self._state else 0
         self._saved = self.steps_done
-        self.report = ""
-        self._clock = time.monotonic(), self.steps_done
+        batch = config.training.batch_tokens
+        self._history, self._clock = History(batch), Clock(batch, self.steps_done)
         self._logger = Logger(config, lake) if mesh.everyone.rank == 0 else None
 
     @property
@@ -101,11 +107,11 @@ class Trainee:
         """Step number `step` (from 1), on this rank's rows x [B, d]; None where it was done before."""
         if step <= self.steps_done:
             return None
-        metrics = self._step.step(x, self._lr(step))
+        lr = self._lr(step)
+        metrics = self._step.step(x, lr)
         self.steps_done = step
         if step % self._log_every == 0 or step == self._last_step:
-            self._logged.append((step, metrics))
-            self._timed.append((step, self._speed(step)))
+            self._history.add(step, metrics, {"lr": lr}, self._clock.read(step))
         return metrics
 
     def is_due(self, step: int) -> bool:
@@ -118,17 +124,18 @@ class Trainee:
         step, batch = self.steps_done, self._config.training.batch_tokens
         if step == self._saved:
             return
-        rows = _metric_rows("train", batch, self._logged) + _metric_rows("machine", batch, self._timed)
+        rows = self._history.rows()
         quality: dict[str, Tensor] = {}
         if held_out is not None:
             with self._step.averaged_shard() as shard:
                 quality = reconstruction(shard, held_out.to(self._device).float(), self._mesh.dp)
-        scores = _metric_rows("validation", batch, [(step, quality)])
-        self._commit(step, rows + scores, {row[3]: row[4] for row in scores})
-        self.report = ", ".join(f"{row[3]} {row[4]:.4g}" for row in scores)
+        scores = {name: float(value) for name, value in quality.items()}
+        rows += rows_of("validation", step, batch, scores)
+        self._commit(step, rows, scores)
         if self._logger is not None:
-            self._logger.log(rows + scores)
-        self._logged, self._timed, self._saved = [], [], step
+            self._logger.log(rows)
+        self._history.clear()
+        self._saved = step
 
     def end(self, error: BaseException | None) -> None:
         """Close the loggers."""
@@ -147,16 +154,7 @@ class Trainee:
             schedule=training.schedule,
         )
 
-    def _speed(self, step: int) -> dict[str, float]:
-        """Of the steps since the last ones that were logged, as the host sees them."""
-        (then, before), now = self._clock, time.monotonic()
-        self._clock = now, step
-        rate = (step - before) * self._config.training.batch_tokens / max(now - then, 1e-9)
-        if not torch.cuda.is_available():
-            return {"tokens_per_second": rate}
-        return {"tokens_per_second": rate, "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-
-    def _commit(self, step: int, rows: list[Any], scores: dict[str, float]) -> None:
+    def _commit(self, step: int, rows: list[Row], scores: dict[str, float]) -> None:
         """Weights, training state, metrics and the autoencoder's property, in one commit of rank 0."""
         config, name, everyone = self._config, self._name, self._mesh.everyone
         if not all(math.isfinite(row[4]) for row in rows):
@@ -166,9 +164,9 @@ class Trainee:
             )
         mine = self._written(self._lake.transaction("train"))
         written = everyone.gather_objects(mine)
-        if isinstance(mine, Exception):
-            raise mine
         if everyone.rank > 0:
+            if isinstance(mine, Exception):
+                raise mine
             return
         with self._lake.transaction("train") as transaction:
             checkpoint: dict[str, Any] = {"step": step, "tokens": step * config.training.batch_tokens}
@@ -231,14 +229,10 @@ def _step_config(config: Run, mse_scale: float) -> StepConfig:
         l1_coef=training.l1_coef,
         clip=training.clip_norm,
         ema_decay=training.ema or None,
+        multi_topk_coef=training.multi_topk_coef,
     )
 
 
-def _metric_rows(phase: str, batch: int, logged: list[tuple[int, dict[str, Any]]]) -> list[Any]:
-    return [
-        (phase, step, step * batch, name, float(value)) for step, metrics in logged for name, value in metrics.items()
-    ]
-
-
-def _metrics_table(rows: list[Any]) -> pa.Table:
-    return pa.table([pa.array(column) for column in zip(*rows, strict=True)], schema=METRICS)
+def _metrics_table(rows: list[Row]) -> pa.Table:
+    columns = zip(*sorted(rows, key=lambda row: (row[1], row[3])), strict=True)
+    return pa.table([pa.array(column) for column in columns], schema=METRICS)

@@ -316,12 +316,12 @@ class Autoencoder(nn.Module):
 
 
 def won(group: Group, values: Tensor, k: int) -> Tensor:
-    """Of each rank's own candidates [B, c], by ascending latent, keep the k largest of all ranks'; others: -infinity.
+    """Of each rank's candidates [B, c], by ascending latent, keep the k largest of all ranks; others: -infinity.
 
     Of equal ones the smaller latent wins: that of the lower rank, and among a rank's own the first. Exact, whatever
     ranks the winners are on.
     """
-    if group.size == 1:
+    if group.size == 1 and values.shape[1] <= k:
         return values
     (rows, c), everyone = values.shape, group.gather(values)
     candidates = everyone.view(group.size, rows, c).transpose(0, 1).reshape(rows, group.size * c)

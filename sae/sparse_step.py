@@ -43,6 +43,9 @@ from sae.sharded import Holdings
 
 Metrics = dict[str, Tensor]
 
+MULTI = 4
+"""How many times k latents Multi-TopK takes, so that the code can be cut elsewhere later (appendix D.3)."""
+
 
 @dataclass(frozen=True)
 class StepConfig:
@@ -54,6 +57,7 @@ class StepConfig:
     l1_coef: weight of the normalised L1 loss; dense activations only
     clip: largest global gradient norm, or None
     ema_decay: decay of the weights' moving average per step, or None
+    multi_topk_coef: weight of the loss with MULTI times k latents; TopK only
     """
 
     mse_scale: float = 1.0
@@ -63,6 +67,7 @@ class StepConfig:
     l1_coef: float = 0.0
     clip: float | None = None
     ema_decay: float | None = 0.999
+    multi_topk_coef: float = 0.0
 
 
 class Aux(NamedTuple):
@@ -177,30 +182,37 @@ class SparseStep:
         eps = NORMALIZE_EPS if self._model.normalize else None
         centred, power, centred_power = centre(x, self._pre_bias.weight, eps, self._dtype)
         self._settle()
-        values, indices = self._selected(centred)
+        values, indices, more = self._selected(centred)
         # What is reconstructed is what is encoded: the bias is in both x and its reconstruction.
         found = self._reconstructed(values, indices, centred)
         self._dead.update(indices, values, rows, mesh.dp)
         aux = self._auxk(centred, found.error, room, rows) if room else None
         scale = 2 * config.mse_scale / (rows * d)
-        of = SparseGradient(
-            self._index(values, indices), values, found.value_grads, found.error, centred, scale,
-            aux.dead if aux is not None else None,
-        )  # fmt: skip
-        direct, by_latents = column_sum(found.error) * scale, weighted_sum(of.bias, self._weights.encoder)
+        squared_error, dead = found.squared_error.sum(), aux.dead if aux is not None else None
+        loss = squared_error * (config.mse_scale / (rows * d))
+        if more is None:
+            of = SparseGradient(
+                self._index(values, indices), values, found.value_grads, found.error, centred, scale, dead
+            )
+        else:
+            wider = self._reconstructed(more, indices, centred)
+            loss += wider.squared_error.sum() * (config.multi_topk_coef * config.mse_scale / (rows * d))
+            of = self._both(values, more, indices, found, wider, centred, scale, dead)
+        direct, by_latents = column_sum(of.error) * scale, weighted_sum(of.bias, self._weights.encoder)
         if aux is not None:
             direct, by_latents = direct + aux.direct, by_latents + aux.by_latents
         n_dead = self._dead.mask(config.dead_after_tokens).sum(dtype=direct.dtype)
         active = (values > 0).sum(dtype=direct.dtype)
         by_latents, active, n_dead = mesh.tp.sum_all(by_latents, active, n_dead)
-        aux_loss = aux.loss if aux is not None else torch.zeros_like(active)
-        pre_bias, total, squared, normalised, spread, active, aux_loss = mesh.dp.sum_all(
-            direct - by_latents, column_sum(centred), found.squared_error.sum(),
-            (found.squared_error / power).sum(), centred_power.sum(), active, aux_loss,
+        if aux is not None:
+            loss += aux.loss
+        pre_bias, total, squared, normalised, spread, active, loss = mesh.dp.sum_all(
+            direct - by_latents, column_sum(centred), squared_error, (found.squared_error / power).sum(),
+            centred_power.sum(), active, loss,
         )  # fmt: skip
         norm = self._move(of, pre_bias)
         return {
-            "loss": squared * (config.mse_scale / (rows * d)) + aux_loss,
+            "loss": loss,
             "normalized_mse": normalised / rows,
             "fvu": squared / (spread - total.square().sum() / rows),
             "l0": active / rows,
@@ -208,11 +220,19 @@ class SparseStep:
             "grad_norm": norm,
         }
 
-    def _selected(self, centred: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [B, k] and which they are; those that other ranks' have beaten are zero."""
-        k = min(self._k, self._model.n_latents)
-        values, indices = encode_topk(centred, self._weights.encoder, self._weights.bias, k)
-        return won(self._mesh.tp, values, self._k).relu_(), indices
+    def _selected(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents [B, c], which they are, and the same with those that only Multi-TopK takes.
+
+        Those that others have beaten, here or on other ranks, are zero.
+        """
+        several = self._config.multi_topk_coef > 0
+        k = self._k * MULTI if several else self._k
+        c = min(k, self._model.n_latents)
+        values, indices = encode_topk(centred, self._weights.encoder, self._weights.bias, c)
+        values = won(self._mesh.tp, values, k)
+        if not several:
+            return values.relu_(), indices, None
+        return won(self._mesh.tp, values, self._k).relu(), indices, values.relu_()
 
     def _reconstructed(self, values: Tensor, indices: Tensor, centred: Tensor) -> Reconstruction:
         decoder, tp = self._weights.decoder, self._mesh.tp
@@ -222,9 +242,32 @@ class SparseStep:
 
     def _index(self, values: Tensor, indices: Tensor) -> LatentIndex:
         n = self._model.n_latents
-        if self._mesh.tp.size > 1:  # many are beaten, and need not be looked at again
+        if self._mesh.tp.size > 1 or self._config.multi_topk_coef > 0:  # many are beaten, and need no further look
             indices = torch.where(values == 0, n, indices)
         return latent_index(indices, n)
+
+    def _both(
+        self,
+        values: Tensor,
+        more: Tensor,
+        indices: Tensor,
+        found: Reconstruction,
+        wider: Reconstruction,
+        centred: Tensor,
+        scale: float,
+        dead: DeadGradients | None,
+    ) -> SparseGradient:
+        """Gradients of both reconstructions, as if of twice as many rows."""
+        latents, coef = torch.cat([values, more]), self._config.multi_topk_coef
+        return SparseGradient(
+            self._index(latents, torch.cat([indices, indices])),
+            latents,
+            torch.cat([found.value_grads, wider.value_grads * coef]),
+            torch.cat([found.error, wider.error * coef]),
+            torch.cat([centred, centred]),
+            scale,
+            dead,
+        )
 
     def _move(self, of: SparseGradient, pre_bias: Tensor) -> Tensor:
         """Move all parameters; returns the global norm of the gradients."""

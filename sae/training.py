@@ -16,7 +16,7 @@ from sae.mesh import Mesh
 from sae.model import Autoencoder, TopK, won
 from sae.optimise import EMA, DeadLatents, Optimiser, copy_tensors_
 from sae.sharded import Holdings
-from sae.sparse_step import DeadBound, Metrics, SparseStep, StepConfig
+from sae.sparse_step import MULTI, DeadBound, Metrics, SparseStep, StepConfig
 
 __all__ = ["Metrics", "StepConfig", "TrainStep"]
 
@@ -67,17 +67,21 @@ class TrainStep:
             selected, indices = model.select(pre_act, model.activation.k)
             active = model.activation.postact(selected)
             self.dead.update(indices, active, len(x) * self.mesh.dp.size, self.mesh.dp)
-            aux_selected, aux_indices = self._select_dead(pre_act)
-        # One attached tensor for both selections: the encoder's gradient is then one sparse product.
-        both = torch.cat([selected, aux_selected], dim=1), torch.cat([indices, aux_indices], dim=1)
-        latents = model.activation.postact(model.attach(x, *both))
-        latents = torch.where(both[0].isneginf(), 0, latents)  # beaten by another shard's
-        values, aux_values = latents.split([indices.shape[1], aux_indices.shape[1]], dim=1)
+            several = config.multi_topk_coef > 0
+            more = model.select(pre_act, model.activation.k * MULTI) if several else _nothing(pre_act)
+            selections = [(selected, indices), self._select_dead(pre_act), more]
+        # One attached tensor for all selections: the encoder's gradient is then one sparse product.
+        chosen, ids = (torch.cat(parts, dim=1) for parts in zip(*selections, strict=True))
+        latents = model.activation.postact(model.attach(x, chosen, ids))
+        latents = torch.where(chosen.isneginf(), 0, latents)  # beaten by another shard's
+        values, aux_values, more_values = latents.split([ids.shape[1] for _, ids in selections], dim=1)
         recons = model.recombine_sparse(values, indices)
-        aux_recons = None
-        if aux_indices.shape[1]:
-            aux_recons = model.recombine_sparse(aux_values, aux_indices)
+        _, aux_indices = selections[1]
+        aux_recons = model.recombine_sparse(aux_values, aux_indices) if aux_indices.shape[1] else None
         loss = topk_loss(recons, x, config.mse_scale, aux_recons, model.pre_bias, config.auxk_coef)
+        if several:
+            wider = model.recombine_sparse(more_values, more[1])
+            loss = loss + config.multi_topk_coef * topk_loss(wider, x, config.mse_scale)
         return loss, torch.zeros_like(loss), recons, (active > 0).sum(dtype=loss.dtype)
 
     def _select_dead(self, pre_act: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +91,7 @@ class TrainStep:
         most = int(tp.max_(torch.tensor(len(dead), device=dead.device)))
         auxk = min(self.config.auxk, most)
         if not auxk:
-            empty = pre_act[:, :0]
-            return empty, empty.to(torch.int64)
+            return _nothing(pre_act)
         # Every rank gives as many candidates; what it has too few of can't win.
         missing = max(0, auxk - len(dead))
         dead = torch.cat([dead, dead.new_zeros(missing)])
@@ -184,3 +187,9 @@ class TrainStep:
         return {
             f"{part}.{name}": tensor.detach() for part, tensors in parts.items() for name, tensor in tensors.items()
         }
+
+
+def _nothing(pre_act: Tensor) -> tuple[Tensor, Tensor]:
+    """A selection of no latents."""
+    empty = pre_act[:, :0]
+    return empty, empty.to(torch.int64)

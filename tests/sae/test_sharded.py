@@ -62,12 +62,13 @@ CASES = {
     "topk": Case(),
     "topk, clipped, of normalised input": Case(config=replace(CONFIG, clip=0.4), normalize=True),
     "topk, with ties and silent latents": Case(every_tying=5, silent=20),
+    "multi-topk, of which some ranks have too few": Case(config=replace(CONFIG, multi_topk_coef=0.125), silent=9),
     "one latent a row": Case(activation=TopK(1), every_tying=7),
     "more latents a row than a rank has": Case(activation=TopK(9)),
     "relu": Case(activation=ReLU(), config=replace(CONFIG, l1_coef=0.01)),
     "tied": Case(tied=True, every_tying=6, silent=10),
     "tied, identity behind topk, clipped": Case(
-        activation=TopK(8, Identity()), tied=True, config=replace(CONFIG, clip=0.4)
+        activation=TopK(8, Identity()), tied=True, config=replace(CONFIG, clip=0.4, multi_topk_coef=0.125)
     ),
 }
 

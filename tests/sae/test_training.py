@@ -58,6 +58,9 @@ class DenseTraining:
         self.since[(latents > 0).any(dim=0)] = 0
         dead = self.since > config.dead_after_tokens
         loss = config.mse_scale * (recons - x).square().mean()
+        if config.multi_topk_coef:
+            wide = (pre_act.relu() * self.winners(pre_act, min(4 * K, N))) @ w["decoder.weight"].T + w["pre_bias"]
+            loss = loss + config.multi_topk_coef * config.mse_scale * (wide - x).square().mean()
         if dead.any():
             self.n_aux += 1
             among_dead = pre_act.masked_fill(~dead, float("-inf"))
@@ -93,8 +96,9 @@ class DenseTraining:
 
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("clip", [None, 0.4])
-def test_training_equals_a_dense_autograd_implementation(normalize: bool, clip: float | None) -> None:
-    config = replace(CONFIG, clip=clip)
+@pytest.mark.parametrize("multi", [0.0, 1 / 8])
+def test_training_equals_a_dense_autograd_implementation(normalize: bool, clip: float | None, multi: float) -> None:
+    config = replace(CONFIG, clip=clip, multi_topk_coef=multi)
     model = fresh(TopK(K), normalize)
     dense = DenseTraining(model, config)
     train = TrainStep(model, config)
@@ -268,3 +272,14 @@ def test_it_finds_a_planted_dictionary_where_pca_cannot() -> None:
     assert trained < 0.25 * pca
     assert trained < 0.25 * untrained
     assert (found > 0.95).float().mean() > 0.8
+
+
+def test_multi_topk_of_a_tied_autoencoder_adds_the_loss_of_four_times_k() -> None:
+    model, (x,) = fresh(TopK(K), tied=True), batches(1)
+    expected = 0.0
+    for k, weight in ((K, 1.0), (4 * K, 0.125)):
+        wider = Autoencoder(N, D, TopK(k), tied=True).double()
+        wider.load_state_dict(model.tensors())
+        expected += weight * CONFIG.mse_scale * float((wider(x)[2].detach() - x).square().mean())
+    config = replace(CONFIG, multi_topk_coef=0.125)
+    assert float(TrainStep(model, config).step(x, 1e-3)["loss"]) == pytest.approx(expected)
