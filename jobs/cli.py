@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from sae.jobs import storage
+from sae.jobs.plan_options import add_options
 from sae.jobs.progress import say
 from sae.schemas import config as run_config
 from sae.schemas.config import Run
@@ -91,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         summary = f"step {step} of a run"
         _add(commands, step, summary, functools.partial(_run_one, step), "config")
     _add(commands, "run", "all steps that are not yet done", _run_all, "config")
+    add_options(_add(commands, "plan", "what the steps will cost, before any is run", _plan, "config"))
     submit = _add(commands, "submit", "a step as a job of a Ray cluster", _submit, "step", "config")
     submit.add_argument("--address", metavar="URL", help="the job API; http://127.0.0.1:8265 when absent")
     demo = commands.add_parser("demo", help="a small run from real text to answers, in ./demo")
@@ -145,6 +147,10 @@ def _keys() -> str:
 
 def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:
     return lambda given: getattr(importlib.import_module("sae.jobs.lake_commands"), name)(given)
+
+
+def _plan(given: argparse.Namespace) -> None:
+    importlib.import_module("sae.jobs.plan").plan(given, _config(given))
 
 
 def _submit(given: argparse.Namespace) -> None:
