@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names since torch 2.13, which warns of the older ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 Wait = Callable[[], object]
 """Waits for a collective that was begun: on a GPU the current stream does, not the host."""
 
@@ -70,7 +74,7 @@ class Group:
         if self.size == 1:
             return whole, _done
         out = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
-        work = dist.reduce_scatter_tensor(out, whole, group=self._group, async_op=True)
+        work = _reduce_scatter(out, whole, group=self._group, async_op=True)
         return out, _waiting(work, whole)
 
     def share(self, n: int) -> slice:
@@ -95,7 +99,7 @@ class Group:
     def _gather_into(self, out: Tensor, x: Tensor) -> Wait:
         if self.size == 1:
             return _done
-        work = dist.all_gather_into_tensor(out, x.contiguous(), group=self._group, async_op=True)
+        work = _all_gather(out, x.contiguous(), group=self._group, async_op=True)
         return _waiting(work, x)
 
 
