@@ -51,6 +51,42 @@ def test_a_resumed_training_goes_on_bit_by_bit() -> None:
         assert torch.equal(second.state_dict()[name], value), name
 
 
+def by_kernels(data: torch.Tensor) -> TrainStep:
+    """In float32, with AuxK at work: the path of real trainings."""
+    autoencoder = Autoencoder(4096, data.shape[1], TopK(16), normalize=True)
+    scale = initialise(autoencoder, data[:4096], torch.Generator().manual_seed(0))
+    config = StepConfig(mse_scale=scale, auxk=64, dead_after_tokens=20_000, ema_decay=0.99)
+    return TrainStep(autoencoder.cuda(), config)
+
+
+def test_two_trainings_of_two_hundred_steps_have_the_same_bits() -> None:
+    data = torch.randn(200 * 1024, 160, generator=torch.Generator().manual_seed(3))
+    batches = data.cuda().split(1024)
+    states = []
+    for _ in range(2):
+        train = by_kernels(data)
+        dead = [train.step(batch, 3e-4)["dead"] for batch in batches]
+        states.append({name: value.clone() for name, value in train.state_dict().items()})
+    assert torch.stack(dead).max() > 0.05
+    for name, value in states[0].items():
+        assert torch.equal(states[1][name], value), name
+
+
+def test_a_resumed_training_by_kernels_goes_on_bit_by_bit() -> None:
+    data = torch.randn(60 * 1024, 160, generator=torch.Generator().manual_seed(4))
+    batches = data.cuda().split(1024)
+    whole, first, second = (by_kernels(data) for _ in range(3))
+    for batch in batches:
+        whole.step(batch, 3e-4)
+    for batch in batches[:31]:
+        first.step(batch, 3e-4)
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    for batch in batches[31:]:
+        second.step(batch, 3e-4)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
 @pytest.mark.parametrize("levels", [2, 1000])
 def test_topk_is_a_stable_sort(levels: int) -> None:
     x = torch.randint(levels, (300, 4096), device="cuda").float()
