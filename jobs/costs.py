@@ -10,6 +10,7 @@ from typing import Final, Literal
 from sae.kernels.encode import SCRATCH_BYTES
 from sae.kernels.topk import GROUP
 from sae.kernels.update import CHUNK
+from sae.sparse_step import MULTI
 
 _HALF: Final = 2
 _FULL: Final = 4
@@ -17,7 +18,6 @@ _FULL: Final = 4
 _CANDIDATE: Final = 2 * _FULL + 1
 # Values, their gradients, latents' numbers, the index and what sorting it takes, for each selected latent.
 _ENTRY: Final = 40
-_MULTI: Final = 4  # Multi-TopK reconstructs with four times k latents as well
 
 Items = dict[str, int]
 
@@ -99,11 +99,15 @@ class Sizes:
 
     def selections(self) -> int:
         """Latents that are reconstructed with, per row, but for AuxK's."""
-        return self.k * (1 + _MULTI) if self.multi else self.k
+        return self.k * (1 + MULTI) if self.multi else self.k
+
+    def candidates(self) -> int:
+        """Latents that are found per row, of which the best k are selected."""
+        return self.k * MULTI if self.multi else self.k
 
     def entries(self, mesh: Mesh) -> int:
-        """Places for the selected latents of a replica's rows; of their latents a rank has 1/tp."""
-        return self.rows(mesh) * self.selections()
+        """Places for the selected latents of a replica's rows, which Multi-TopK takes twice."""
+        return self.rows(mesh) * self.candidates() * (1 + self.multi)
 
 
 def flops(sizes: Sizes) -> Items:
@@ -151,10 +155,12 @@ def memory(sizes: Sizes, mesh: Mesh) -> Items:
 
 def _row_bytes(sizes: Sizes, mesh: Mesh) -> int:
     """Of each feature of a row: activations, those without the bias, and errors; parts of a reconstruction."""
+    # Multi-TopK has two errors, and lays them and the rows one behind the other.
+    own = 2 * _HALF * (4 if sizes.multi else 1)
     if mesh.ranks == sizes.read_by(mesh) and mesh.tp == 1:
-        return sizes.vector_item + 2 * _HALF
+        return sizes.vector_item + own
     # What is gathered is gathered ahead of its use.
-    return 2 * sizes.vector_item + 2 * _HALF + (_FULL if mesh.tp > 1 else 0)
+    return 2 * sizes.vector_item + own + (_FULL if mesh.tp > 1 else 0)
 
 
 def _scratch(rows: int, latents: int) -> int:
@@ -208,11 +214,11 @@ def transfers(sizes: Sizes, mesh: Mesh) -> list[Transfer]:
 def _of_rows(sizes: Sizes, mesh: Mesh) -> list[Transfer]:
     """Latents are split: every rank of a group needs all rows, the best of all latents, and all parts of a sum."""
     tp, rows, d = mesh.tp, sizes.rows(mesh), sizes.d_model
-    widest = min(_MULTI * sizes.k if sizes.multi else sizes.k, sizes.local(mesh))
+    found_here = rows * min(sizes.candidates(), sizes.local(mesh)) * (1 + sizes.multi)
     dead = sizes.local_dead(mesh)
     found = [
         Transfer("rows of the batch", "all-gather", "tp", tp, sizes.vector_item * rows * d),
-        Transfer("candidates of top-k", "all-gather", "tp", tp, _FULL * tp * rows * widest),
+        Transfer("candidates of top-k", "all-gather", "tp", tp, _FULL * tp * found_here),
         Transfer("reconstructions", "all-reduce", "tp", tp, _FULL * rows * d * (1 + sizes.multi)),
     ]
     if dead:
@@ -276,7 +282,7 @@ def seconds(sizes: Sizes, mesh: Mesh, rates: Rates) -> dict[str, float]:
 
 def _bytes_moved(sizes: Sizes, mesh: Mesh) -> int:
     """Rows of weights and of the batch for each selected latent, three times; then the weights and all that is kept."""
-    gathered = 3 * _HALF * sizes.entries(mesh) // mesh.tp * sizes.d_model
+    gathered = 3 * _HALF * sizes.rows(mesh) * sizes.selections() // mesh.tp * sizes.d_model
     owned = 2 * sizes.n_latents * sizes.d_model // mesh.ranks
     kept = (2 * (4 if sizes.ema else 3) * _FULL + _HALF) * owned
     written = mesh.dp > 1 or sizes.clip
