@@ -17,6 +17,8 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
 STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "export")
+# The others are done once for all of `autoencoders`.
+_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "export"})
 _METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE"}
 _INTERRUPTED: Final = 128 + signal.SIGINT
 
@@ -51,7 +53,11 @@ def program(*arguments: str) -> NoReturn:
 def run_step(step: str, config: Run) -> None:
     """Runs one step in this process."""
     importlib.import_module("sae.jobs.cluster").check_folders_of_job(config, step)
-    importlib.import_module(f"sae.jobs.{step}").run(config)
+    several = config.each() if step in _OF_ONE_AUTOENCODER else [config]
+    for one in several:
+        if len(several) > 1:
+            say(f"{step}: autoencoder {one.autoencoder.name}")
+        importlib.import_module(f"sae.jobs.{step}").run(one)
     # Also when there was nothing to do: the command before may have been killed just before it did this.
     lake = importlib.import_module("sae.jobs.lake")
     lake.write_views(lake.Lake(config.lake))
@@ -90,8 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for step in STEPS:
         summary = f"step {step} of a run"
-        _add(commands, step, summary, functools.partial(_run_one, step), "config")
-    _add(commands, "run", "all steps that are not yet done", _run_all, "config")
+        of_step = _add(commands, step, summary, functools.partial(_run_one, step), "config")
+        if step == "train":
+            _add_resume(of_step)
+    _add_resume(_add(commands, "run", "all steps that are not yet done", _run_all, "config"))
     add_options(_add(commands, "plan", "what the steps will cost, before any is run", _plan, "config"))
     submit = _add(commands, "submit", "a step as a job of a Ray cluster", _submit, "step", "config")
     submit.add_argument("--address", metavar="URL", help="the job API; http://127.0.0.1:8265 when absent")
@@ -132,6 +140,11 @@ def _add(
         parser.add_argument(positional, metavar=_METAVARS[positional], choices=choices)
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    what = "go on from the last checkpoint where there is one, which is what is done anyway"
+    parser.add_argument("--resume", action="store_true", help=what)
 
 
 def _keys() -> str:

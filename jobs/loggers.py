@@ -4,6 +4,7 @@ import hashlib
 from types import TracebackType
 from typing import Any, Self
 
+from sae.jobs.history import Row
 from sae.jobs.lake import TENSORBOARD_FOLDER, Lake
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError
@@ -29,12 +30,14 @@ class Logger:
 
     def _wandb_run(self, name: str) -> Any:
         # Autoencoders of one name in two lakes are two runs.
+        # Autoencoders of one lake are trained in one process, each a run of its own.
         identity = f"{name}-{hashlib.sha256(self._lake.path.encode()).hexdigest()[:8]}"
         try:
             import wandb
 
             config = self._config.model_dump(mode="json")
-            return wandb.init(project="sae", id=identity, name=name, resume="allow", config=config)
+            named: dict[str, Any] = {"project": "sae", "id": identity, "name": name, "config": config}
+            return wandb.init(**named, resume="allow", reinit="create_new")
         except Exception as error:  # wandb's errors have no common base
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
@@ -42,12 +45,18 @@ class Logger:
                 "leave wandb out"
             ) from None
 
-    def log(self, rows: list[Any]) -> None:
-        for phase, step, _, metric, value in rows:
-            if self._tensorboard is not None:
-                self._tensorboard.add_scalar(f"{phase}/{metric}", value, step)
+    def log(self, rows: list[Row]) -> None:
+        """Steps must not come before those that were logged already."""
+        by_step: dict[int, dict[str, float]] = {}
+        for phase, step, tokens, metric, value in rows:
+            by_step.setdefault(step, {"tokens": tokens})[f"{phase}/{metric}"] = value
+        # In order, and each once: wandb drops what comes after a later step.
+        for step, values in sorted(by_step.items()):
             if self._wandb is not None:
-                self._wandb.log({f"{phase}/{metric}": value}, step=step)
+                self._wandb.log(values, step=step)
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    self._tensorboard.add_scalar(name, value, step)
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None

@@ -5,7 +5,7 @@ from typing import Any
 
 from sae.jobs import cluster, contexts, progress, ranks
 from sae.jobs.lake import Lake, write_views
-from sae.jobs.trainee import known_state, n_steps
+from sae.jobs.trainee import held_out_figures, known_state, n_steps
 from sae.jobs.trainer import Trainer
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, IncompleteError, WorkerError
@@ -30,11 +30,13 @@ def run(config: Run) -> None:
         progress.say(f"train: {names} is trained on {done:,} tokens")
         return
     with cluster.connected(config), progress.bar("train", total, "tokens", done) as bar:
-        report = _trained(config, bar)
+        _trained(config, bar)
     write_views(lake)
     if _tokens(lake, several) < total:
         raise IncompleteError(f"train: {names} stopped before {total:,} tokens; run sae train again to go on")
-    progress.say(f"train: {names}, {total:,} tokens; held out: {report}")
+    for one in several:
+        figures = held_out_figures(lake, one.autoencoder.name)
+        progress.say(f"train: {one.autoencoder.name}, {total:,} tokens; held out: {figures or 'nothing'}")
 
 
 def _complete(lake: Lake, config: Run, total: int) -> None:
@@ -51,13 +53,14 @@ def _tokens(lake: Lake, several: list[Run]) -> int:
     return min(int(properties.get(f"autoencoder/{one.autoencoder.name}", {"tokens": 0})["tokens"]) for one in several)
 
 
-def _trained(config: Run, bar: progress.Bar) -> str:
-    """Trains, as often as training.max_failures allows anew from the last checkpoint; returns the last report."""
+def _trained(config: Run, bar: progress.Bar) -> None:
+    """Trains, as often as training.max_failures allows anew from the last checkpoint."""
     lost_at: float | None = None
     for failures in range(config.training.max_failures + 1):
         try:
             with ranks.placed(config, Trainer) as actors:
-                return _follow(actors, bar, lost_at)
+                _follow(actors, bar, lost_at)
+            return
         except ranks.Lost as lost:
             lost_at = time.monotonic()
             reason = str(lost)
@@ -72,9 +75,9 @@ def _trained(config: Run, bar: progress.Bar) -> str:
     )
 
 
-def _follow(actors: list[Any], bar: progress.Bar, lost_at: float | None) -> str:
+def _follow(actors: list[Any], bar: progress.Bar, lost_at: float | None) -> None:
     """Shows the reports of the actors; an interrupt lets them save a checkpoint first."""
-    reports, note = ranks.Reports(actors), ""
+    reports = ranks.Reports(actors)
     try:
         for tokens, note in reports:
             if lost_at is not None:
@@ -87,7 +90,6 @@ def _follow(actors: list[Any], bar: progress.Bar, lost_at: float | None) -> str:
         for _ in reports:
             pass
         raise
-    return note
 
 
 if __name__ == "__main__":

@@ -73,11 +73,10 @@ class Trainee:
         self._log_every = max(1, self._last_step // _LOGGED_STEPS)
         self._state = known_state(lake.snapshot(), config)
         self._checkpoints: list[Any] = self._state["checkpoints"] if self._state else []
-        self.n_lanes: int = self._state.get("lanes", 1) if self._state else n_lanes
+        self._n_lanes = n_lanes
         self.steps_done = self._state["tokens"] // config.training.batch_tokens if self._state else 0
         self._saved = self.steps_done
-        batch = config.training.batch_tokens
-        self._history, self._clock = History(batch), Clock(batch, self.steps_done)
+        self._history = History(config.training.batch_tokens)
         self._logger = Logger(config, lake) if mesh.everyone.rank == 0 else None
 
     @property
@@ -102,6 +101,7 @@ class Trainee:
             self._step.load_state_dict(checkpoints.read(self._lake, self._lake.snapshot(), last, owned))
         if self._logger is not None:
             self._logger.__enter__()
+        self._clock = Clock(self._config.training.batch_tokens, self.steps_done)
 
     def step(self, step: int, x: Tensor) -> Metrics | None:
         """Step number `step` (from 1), on this rank's rows x [B, d]; None where it was done before."""
@@ -211,7 +211,7 @@ class Trainee:
             "config": self._shape,
             "made_with": checkpoints.made_with(config),
             "mse_scale": self._mse_scale,
-            "lanes": self.n_lanes,
+            "lanes": self._n_lanes,
             "step": step,
             "tokens": step * config.training.batch_tokens,
             "complete": step == self._last_step,

@@ -14,19 +14,21 @@ import torch
 from torch import Tensor
 
 from sae.collectives import Wait
+from sae.devices import Fetched
 from sae.jobs import cluster, contexts, ranks
 from sae.jobs.activations import Cached, Live
 from sae.jobs.lake import Lake
 from sae.jobs.stream import Lanes, held_out
-from sae.jobs.trainee import Trainee, n_steps
+from sae.jobs.trainee import Trainee, known_state, n_steps
 from sae.mesh import Mesh
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, CorpusError, WorkerError
+from sae.sparse_step import Metrics
 from sae.subject import Subject
 
 _SAMPLE_ROWS: Final = 32_768
 _REPORT_EVERY_S: Final = 0.5
-# Ranks agree on whether to stop now and then only: on a GPU the host has to wait for it.
+# Ranks agree on whether to stop now and then only: it is a collective.
 _AGREE_EVERY_STEPS: Final = 16
 # Compiling takes about half a minute, in which a GPU trains on as many tokens of a small model.
 _COMPILE_FROM_TOKENS: Final = 50_000_000
@@ -43,6 +45,7 @@ class Trainer:
         self._device = cluster.use_device(n_ranks)
         self._on_gpu = self._device != "cpu"
         self._stopping = False
+        self._asked: Fetched | None = None
 
     def address(self) -> str:
         """Where the others of a mesh find this rank."""
@@ -94,7 +97,7 @@ class Trainer:
         self._divide(mesh, described)
         self._stream = Lanes(
             source, rows, kept[rows], batch=training.batch_tokens, buffer=training.buffer_tokens, seed=config.seed,
-            n_lanes=self._n_lanes(), rank=self._rank, n_ranks=self._n_ranks,
+            n_lanes=self._n_lanes, rank=self._rank, n_ranks=self._n_ranks,
         )  # fmt: skip
         self._held_out = self._validation_vectors(source, np.flatnonzero(validation), kept)
         new = any(self._everyone.gather_objects(any(trainee.is_new for trainee in self._trainees)))
@@ -106,22 +109,31 @@ class Trainer:
         """One autoencoder is the whole mesh's; of several, each is one rank's, which needs all rows."""
         several = self._config.each()
         alone = len(several) > 1
-        mine = shares(several, self._n_ranks)[self._rank] if alone else several
+        states = [known_state(self._lake.snapshot(), one) for one in several]
+        total = n_steps(self._config) * self._config.training.batch_tokens
+        unfinished = [
+            one for one, state in zip(several, states, strict=True) if state is None or state["tokens"] < total
+        ]
+        mine = shares(unfinished, self._n_ranks)[self._rank] if alone else several
         self._everyone, self._readers = mesh.everyone, mesh.everyone if alone else mesh.tp
-        lanes = self._config.training.lanes or self._n_ranks
+        self._n_lanes = self._lanes_of([state for state in states if state is not None], total)
         of = Mesh() if alone else mesh
-        self._trainees = [Trainee(one, self._lake, subject, self._device, of, lanes) for one in mine]
+        self._trainees = [Trainee(one, self._lake, subject, self._device, of, self._n_lanes) for one in mine]
 
-    def _n_lanes(self) -> int:
-        """Of the checkpoints that this training goes on from, or of a new one."""
-        known = {trainee.n_lanes for trainee in self._trainees if not trainee.is_new}
-        all_known = set().union(*self._everyone.gather_objects(known))
-        if len(all_known) > 1:
+    def _lanes_of(self, states: list[dict[str, Any]], total: int) -> int:
+        """Those of the checkpoints that this training goes on from; or those of the finished autoencoders, so that
+        the new ones see the same batches; or as many as ranks.
+        """
+        begun = {state.get("lanes", 1) for state in states if state["tokens"] < total}
+        finished = {state.get("lanes", 1) for state in states if state["tokens"] >= total}
+        if len(begun) > 1:
             raise ConfigError(
-                f"autoencoders: those of {self._config.lake} were begun with {sorted(all_known)} lanes, so that they "
+                f"autoencoders: those of {self._config.lake} were begun with {sorted(begun)} lanes, so that they "
                 "see other batches; train them one by one"
             )
-        return all_known.pop() if all_known else self._config.training.lanes or self._n_ranks
+        if not begun and not self._config.training.lanes and len(finished) == 1:
+            begun = finished
+        return int(begun.pop()) if begun else self._config.training.lanes or self._n_ranks
 
     def _validation_vectors(self, source: Live | Cached, rows: Any, kept: Any) -> Tensor | None:
         """A sample of validation_tokens held-out activations [m, d]; None where nothing is held out."""
@@ -148,7 +160,7 @@ class Trainer:
         done = min(self._everyone.gather_objects(min((trainee.steps_done for trainee in self._trainees), default=last)))
         # Two busy cores are better left to the subject and the autoencoder in turn.
         overlap = torch.device(self._device) if self._on_gpu else None
-        reported = 0.0
+        progress = _Progress(batch)
         with (
             self._ended(),
             closing(self._stream.batches(done * batch, overlap)) as batches,
@@ -162,10 +174,9 @@ class Trainer:
                         trainee.save(self._held_out)
                 if ends:
                     break
-                if metrics and self._rank == 0 and time.monotonic() - reported > _REPORT_EVERY_S:
-                    reported = time.monotonic()
-                    yield step * batch, f"fvu {float(metrics[0]['fvu']):.3f}, dead {float(metrics[0]['dead']):.1%}"
-        yield step * batch, "; ".join(trainee.report for trainee in self._trainees)
+                if self._rank == 0:
+                    yield from progress.after(step, metrics)
+        yield step * batch, ""
 
     def _shared(self, batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
         """This rank's rows with those that others read for it; the next are on their way while these are in use."""
@@ -189,7 +200,11 @@ class Trainer:
             return self._stopping
         if step % _AGREE_EVERY_STEPS:
             return False
-        return bool(self._everyone.max_(torch.tensor(int(self._stopping), device=self._device)))
+        before = self._asked
+        self._asked = Fetched(self._everyone.max_(torch.full((1,), int(self._stopping), device=self._device)))
+        # On a GPU the answer of the time before: it is there, and the host need not wait.
+        answer = before if self._on_gpu else self._asked
+        return answer is not None and any(answer.values())
 
     @contextmanager
     def _ended(self) -> Iterator[None]:
@@ -203,6 +218,32 @@ class Trainer:
         finally:
             for trainee in self._trainees:
                 trainee.end(error)
+
+
+class _Progress:
+    """Reports about twice a second, once their figures have come: a GPU is not waited for."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        self._batch, self._last = batch_tokens, 0.0
+        self._due: tuple[int, Fetched | None] | None = None
+
+    def after(self, step: int, metrics: list[Metrics]) -> Iterator[Report]:
+        """What there is to report after a step with these metrics, those of one autoencoder each."""
+        if self._due is None and time.monotonic() - self._last > _REPORT_EVERY_S:
+            self._last = time.monotonic()
+            shown = torch.stack([metrics[0]["fvu"], metrics[0]["dead"]]) if metrics else None
+            self._due = step, Fetched(shown) if shown is not None else None
+        if self._due is None:
+            return
+        then, figures = self._due
+        if figures is None:
+            yield then * self._batch, ""
+        elif figures.arrived:
+            fvu, dead = figures.values()
+            yield then * self._batch, f"fvu {fvu:.3f}, dead {dead:.1%}"
+        else:
+            return
+        self._due = None
 
 
 def shares(several: list[Run], n_ranks: int) -> list[list[Run]]:

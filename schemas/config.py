@@ -2,10 +2,11 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from sae.schemas.errors import ConfigError
 
@@ -208,7 +209,8 @@ class Run(_Section):
     def _check_mesh(self) -> None:
         tp, dp, batch = self.cluster.tp, self.cluster.dp, self.training.batch_tokens
         for one in self.autoencoders or (self.autoencoder,):
-            if one.n_latents % (tp * dp):
+            # Of several, each is trained whole on one worker.
+            if len(self.autoencoders) < 2 and one.n_latents % (tp * dp):
                 raise ValueError(
                     f"cluster.tp {tp} times cluster.dp {dp} does not divide n_latents {one.n_latents} of {one.name}; "
                     "choose n_latents a multiple of it"
@@ -251,7 +253,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 
 
 def _fault_lines(error: ValidationError) -> Iterator[str]:
-    for fault in error.errors(include_url=False):
+    for fault in _told(error):
         key = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
             yield f"{key}: unknown key; {_allowed_keys(fault['loc'])}"
@@ -261,13 +263,26 @@ def _fault_lines(error: ValidationError) -> Iterator[str]:
             yield f"{key + ': ' if key else ''}{fault['ctx']['error']}"
         else:
             expected = fault["msg"].replace("Input should be", "expected")
-            yield f"{key}: got {_shown(fault['input'])}; {expected[0].lower()}{expected[1:]}"
+            expected = f"{expected[0].lower()}{expected[1:]}".replace("tuple", "list")
+            yield f"{key}: got {_shown(fault['input'])}; {expected}"
+
+
+def _told(error: ValidationError) -> list[ErrorDetails]:
+    """The faults of a config, each once: those of `autoencoders` are also its first one's and the whole list's."""
+    faults = error.errors(include_url=False)
+    if any(fault["loc"][:1] == ("autoencoders",) for fault in faults):
+        faults = [fault for fault in faults if fault["loc"][:1] != ("autoencoder",)]
+    inner = [fault for fault in faults if fault["loc"][:1] == ("autoencoders",) and len(fault["loc"]) > 1]
+    return [fault for fault in faults if not inner or fault["loc"] != ("autoencoders",)]
 
 
 def _allowed_keys(location: tuple[int | str, ...]) -> str:
     section: type[BaseModel] = Run
     for part in location[:-1]:
-        annotation = section.model_fields[str(part)].annotation
+        if isinstance(part, int):  # a place in a list
+            continue
+        annotation = section.model_fields[part].annotation
+        annotation = next(iter(get_args(annotation)), annotation)
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return "no keys are allowed here"
         section = annotation

@@ -173,6 +173,36 @@ def test_several_autoencoders_that_cannot_be_told_apart_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shapes", "expected"),
+    [
+        (
+            [{"name": "a", "n_latent": 64}],
+            ["0.n_latents: missing; it must", "0.n_latent: unknown key; did you mean n_la"],
+        ),
+        (
+            [{"name": "a", "n_latents": 64}, {"name": "b", "n_latents": 0}],
+            ["1.n_latents: got 0; expected greater than"],
+        ),
+        ([{"name": "a", "n_latents": 8, "k": 9}], ["0: k is 9, more than n_latents 8"]),
+        ([3], ["0: got 3; expected a valid dictionary"]),
+        ({"name": "a"}, [": got {'name': 'a'}; expected a valid list"]),
+        ([], [": got []; list should have at least 1 item"]),
+    ],
+)
+def test_a_fault_of_several_autoencoders_is_told_once(shapes: Any, expected: list[str]) -> None:
+    rest = {key: value for key, value in GOOD.items() if key != "autoencoder"}
+    lines = fault(text=yaml.safe_dump({**rest, "autoencoders": shapes})).splitlines()
+    assert len(lines) == len(expected), lines
+    for line, part in zip(lines, expected, strict=True):
+        assert line.startswith(f"run.yaml: autoencoders{'' if part.startswith(':') else '.'}{part}")
+
+
+def test_any_number_of_workers_serves_several_autoencoders() -> None:
+    shapes = {"name": "small", "n_latents": 64, "k": 4}, {"name": "large", "n_latents": 128, "k": 8}
+    assert parse_with(("cluster.dp", "3"), ("training.batch_tokens", "96"), text=several(*shapes)).cluster.dp == 3
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
