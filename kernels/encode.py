@@ -7,7 +7,7 @@ groups from the maxima and looks into those only.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -15,17 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sae.kernels import tuning
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
+from sae.kernels.launches import Settings
 from sae.kernels.topk import GROUP, Selected, keep_topk, select, topk
 
 SCRATCH_BYTES = 2**31
 """Pre-activations are held for so many rows at a time as fit in here."""
-
-# Measured on an H200 (benchmarks/results); the second was never measured on an A100.
-PERSISTENT = {"BM": 128, "BN": 256, "BK": 64, "GROUP": GROUP, "BAND": 8}
-BY_POINTERS = {"BM": 128, "BN": 128, "GROUP": GROUP, "BAND": 8}
-LAUNCH: dict[str, Any] = {"num_warps": 8, "num_stages": 3}
 
 
 def encode_dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
@@ -93,20 +90,28 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Te
 
     All are contiguous. Columns from n on hold -infinity.
     """
-    (rows, d), n = x.shape, weight.shape[0]
-    width = triton.cdiv(n, 128) * 128
+    rows, width = len(x), triton.cdiv(len(weight), 128) * 128
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     maxima = torch.empty(rows, width // GROUP, dtype=x.dtype, device=x.device)
     if not rows:
         return out, maxima
-    if _has_tensor_copies(x, weight):
-        _persistent(x, weight, bias, out, maxima)
-        return out, maxima
-    tiles = triton.cdiv(rows, BY_POINTERS["BM"]) * triton.cdiv(width, BY_POINTERS["BN"])
-    _pre_activations_kernel[(tiles,)](
-        x, weight, bias, out, maxima, rows, n, width, d, **BY_POINTERS, BK=_depth(x.element_size()), **LAUNCH
-    )
+    op = product_op(x, weight)
+    launch = partial(_bulk if op == "bulk_product" else _by_pointers, x, weight, bias, out, maxima)
+    launch(tuning.settings(op, x, (x.element_size(),), launch))
     return out, maxima
+
+
+def product_op(x: Tensor, weight: Tensor) -> str:
+    """Which of `launches.OPS` the product of these is."""
+    return "bulk_product" if _has_tensor_copies(x, weight) else "product"
+
+
+def _by_pointers(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, maxima: Tensor, settings: Settings) -> None:
+    (rows, d), (n, width) = x.shape, (len(weight), out.shape[1])
+    tiles = triton.cdiv(rows, settings["BM"]) * triton.cdiv(width, settings["BN"])
+    _pre_activations_kernel[(tiles,)](
+        x, weight, bias, out, maxima, rows, n, width, d, GROUP=GROUP, BK=_depth(x.element_size()), **settings
+    )
 
 
 def _depth(element_bytes: int) -> int:
@@ -124,13 +129,13 @@ def _has_tensor_copies(x: Tensor, weight: Tensor) -> bool:
     return torch.cuda.get_device_capability(x.device)[0] in (9, 10)
 
 
-def _persistent(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, maxima: Tensor) -> None:
-    bm, bn, bk = (PERSISTENT[name] for name in ("BM", "BN", "BK"))
+def _bulk(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, maxima: Tensor, settings: Settings) -> None:
+    bm, bn, bk = settings["BM"], settings["BN"], _depth(x.element_size())
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     _pre_activations_persistent_kernel[(programs,)](
         _described(x, [bm, bk]), _described(weight, [bn, bk]), bias, _described(out, [bm, bn]), maxima,
         len(x), len(weight), out.shape[1], x.shape[1],
-        **PERSISTENT, PROGRAMS=programs, **LAUNCH,
+        GROUP=GROUP, BK=bk, PROGRAMS=programs, **settings,
     )  # fmt: skip
 
 
@@ -206,22 +211,31 @@ def _pre_activations_persistent_kernel(
         tl.store(max_ptr + row[:, None] * (width // GROUP) + group[None, :], maxima, mask=wanted)
 
 
-COMPILED = [
-    *(
-        Compiled(
-            _pre_activations_kernel,
-            f"*{dtype}, *{dtype}, *fp32, *{dtype}, *{dtype}, i32:16, i32:16, i32:16, i32:16",
-            {**BY_POINTERS, "BK": _depth(element_bytes)},
-            **LAUNCH,
-        )
-        for dtype, element_bytes in (("bf16", 2), ("fp16", 2), ("fp32", 4))
-    ),
-    Compiled(
+def _compiled_product(dtype: str, settings: Settings, capabilities: tuple[int, ...]) -> Compiled:
+    constants, launch = tuning.split(settings)
+    return Compiled(
+        _pre_activations_kernel,
+        f"*{dtype}, *{dtype}, *fp32, *{dtype}, *{dtype}, i32:16, i32:16, i32:16, i32:16",
+        {**constants, "GROUP": GROUP, "BK": _depth(4 if dtype == "fp32" else 2)},
+        **launch,
+        capabilities=capabilities,
+    )
+
+
+def _compiled_bulk(settings: Settings, capabilities: tuple[int, ...]) -> Compiled:
+    constants, launch = tuning.split(settings)
+    bm, bn, bk = settings["BM"], settings["BN"], _depth(2)
+    return Compiled(
         _pre_activations_persistent_kernel,
-        "tensordesc<bf16[{BM}, {BK}]>, tensordesc<bf16[{BN}, {BK}]>, *fp32, tensordesc<bf16[{BM}, {BN}]>, *bf16, "
-        "i32:16, i32:16, i32:16, i32:16".format(**PERSISTENT),
-        {**PERSISTENT, "PROGRAMS": 132},
-        **LAUNCH,
-        capabilities=(90,),
-    ),
+        f"tensordesc<bf16[{bm}, {bk}]>, tensordesc<bf16[{bn}, {bk}]>, *fp32, tensordesc<bf16[{bm}, {bn}]>, *bf16, "
+        "i32:16, i32:16, i32:16, i32:16",
+        {**constants, "GROUP": GROUP, "BK": bk, "PROGRAMS": 132},
+        **launch,
+        capabilities=capabilities,
+    )
+
+
+COMPILED = [
+    *(_compiled_product(dtype, *of) for dtype in ("bf16", "fp16", "fp32") for of in tuning.variants("product")),
+    *(_compiled_bulk(*of) for of in tuning.variants("bulk_product")),
 ]

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.kernels._rows import MAX_FEATURES, whole_row
+from sae.kernels import tuning
+from sae.kernels._rows import MAX_FEATURES
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
+from sae.kernels.launches import Settings
 from sae.kernels.sampled import sampled_matmul
-
-TILE_ENTRIES = 8192  # features of all rows that a program takes together
 
 
 class Reconstruction(NamedTuple):
@@ -104,15 +104,25 @@ def _launch(
     (rows, k), d = values.shape, weight.shape[1]
     if not rows:
         return
-    block, warps = whole_row(d)
-    tile = max(1, min(triton.next_power_of_2(k), TILE_ENTRIES // block))
     unused = values
     filled = out if out is not None else (unused,) * 3
-    _reconstruct_kernel[(rows,)](
-        values.contiguous(), indices.contiguous(), weight, unused if target is None else target,
-        unused if recons is None else recons, *filled, d, k,
-        ADD=out is None or recons is None, COMPARE=out is not None, TILE=tile, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    values, indices, add = values.contiguous(), indices.contiguous(), out is None or recons is None
+
+    def launch(settings: Settings) -> None:
+        tile, block, warps = _shape(d, k, settings)
+        _reconstruct_kernel[(rows,)](
+            values, indices, weight, unused if target is None else target, unused if recons is None else recons,
+            *filled, d, k, ADD=add, COMPARE=out is not None, TILE=tile, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+
+    launch(tuning.settings("reconstruct", values, (triton.next_power_of_2(d), weight.element_size()), launch))
+
+
+def _shape(d: int, k: int, settings: Settings) -> tuple[int, int, int]:
+    """Rows taken together, features of each, and warps."""
+    block = int(triton.next_power_of_2(d))
+    tile = max(1, min(int(triton.next_power_of_2(k)), settings["ENTRIES"] // block))
+    return tile, block, max(1, min(16, block // settings["FEATURES"]))
 
 
 @triton.jit
@@ -162,14 +172,25 @@ def _reconstruct_kernel(
             tl.store(grads_ptr + at, tl.where(value > 0, grad, 0.0), mask=given)
 
 
+def _compiled(dtype: str, d: int, settings: Settings, capabilities: tuple[int, ...]) -> list[Compiled]:
+    tile, block, warps = _shape(d, d, settings)
+    types = f"*fp32, *i32, *{dtype}, *{dtype}, *fp32, *{dtype}, *fp32, *fp32, i32:16, i32:16"
+    return [
+        Compiled(
+            _reconstruct_kernel,
+            types,
+            {"ADD": add, "COMPARE": compare, "TILE": tile, "BLOCK": block},
+            num_warps=warps,
+            capabilities=capabilities,
+        )
+        for add, compare in ((True, True), (True, False), (False, True))
+    ]
+
+
 COMPILED = [
-    Compiled(
-        _reconstruct_kernel,
-        f"*fp32, *i32, *{dtype}, *{dtype}, *fp32, *{dtype}, *fp32, *fp32, i32:16, i32:16",
-        {"ADD": add, "COMPARE": compare, "TILE": TILE_ENTRIES // block, "BLOCK": block},
-        num_warps=whole_row(block)[1],
-    )
+    variant
     for dtype in ("bf16", "fp32")
-    for block in (1024, 4096)
-    for add, compare in ((True, True), (True, False), (False, True))
+    for d in (768, 4096)
+    for of in tuning.variants("reconstruct")
+    for variant in _compiled(dtype, d, *of)
 ]

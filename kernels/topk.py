@@ -10,15 +10,17 @@ NaN counts as -infinity: it is selected only where nothing else is left, and so 
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels import tuning
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
+from sae.kernels.launches import Settings
 
 GROUP = 32
 """Columns that share one maximum."""
@@ -103,8 +105,11 @@ def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
 
     x is contiguous; columns from n on must hold -infinity, or not exist.
     """
-    rows, width = x.shape
-    n_groups = maxima.shape[1]
+    return _select(x, maxima, k, _settings(x, maxima, k))
+
+
+def _select(x: Tensor, maxima: Tensor, k: int, settings: Settings) -> Selected:
+    (rows, width), n_groups = x.shape, maxima.shape[1]
     values = torch.empty(rows, k, dtype=torch.float32, device=x.device)
     columns = torch.empty(rows, k, dtype=torch.int32, device=x.device)
     if rows:
@@ -113,29 +118,39 @@ def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
         chosen = torch.empty(rows, kept, dtype=torch.int32, device=x.device)
         _select_kernel[(rows,)](
             x, maxima, chosen, values, columns, width, n_groups, k, kept, GROUP,
-            triton.next_power_of_2(n_groups), triton.next_power_of_2(kept), 16 if x.dtype == torch.bfloat16 else 32,
-            num_warps=_warps(n_groups, kept),
+            triton.next_power_of_2(n_groups), triton.next_power_of_2(kept), _bits(x), **settings,
         )  # fmt: skip
     return Selected(values, columns)
 
 
 def keep_topk(x: Tensor, maxima: Tensor, k: int) -> Tensor:
     """Zero x [B, n] but for the positive (or NaN) ones of each row's k largest, given its `group_maxima`; in place."""
-    rows, width = x.shape
-    n_groups = maxima.shape[1]
+    (rows, width), n_groups = x.shape, maxima.shape[1]
     if rows:
         kept = min(k, n_groups)
         chosen = torch.empty(rows, kept, dtype=torch.int32, device=x.device)
         _keep_kernel[(rows,)](
             x, maxima, chosen, width, n_groups, k, kept, GROUP, triton.next_power_of_2(n_groups),
-            triton.next_power_of_2(kept), 16 if x.dtype == torch.bfloat16 else 32, 1024,
-            num_warps=_warps(n_groups, kept),
+            triton.next_power_of_2(kept), _bits(x), 1024, **_settings(x, maxima, k),
         )  # fmt: skip
     return x
 
 
-def _warps(n_groups: int, kept: int) -> int:
-    return 8 if n_groups > 2048 or kept > 64 else 1
+def _bits(x: Tensor) -> int:
+    return 16 if x.dtype == torch.bfloat16 else 32
+
+
+def _settings(x: Tensor, maxima: Tensor, k: int) -> Settings:
+    # Measured by selecting alone, which leaves x as it is.
+    op = select_op(maxima.shape[1], min(k, maxima.shape[1]))
+    return tuning.settings(op, x, (_bits(x),), lambda settings: _select(x, maxima, k, settings))
+
+
+def select_op(n_groups: int, kept: int) -> str:
+    """The class of sizes that one number of warps serves: they hold all maxima, then all entries of the groups."""
+    if kept > 256:
+        return "select_most"
+    return "select" if n_groups > 2048 or kept > 32 else "select_few"
 
 
 @triton.jit
@@ -241,35 +256,34 @@ def _keep_kernel(
     tl.store(x_ptr + row * width + column, x, mask=chosen & ((value > 0) | (value != value)))
 
 
+def _compiled(kernel: Any, types: str, dtype: str, groups: int, kept: int, **constants: int) -> list[Compiled]:
+    constants |= {"GROUP": GROUP, "GROUPS": groups, "KEPT": kept, "BITS": 16 if dtype == "bf16" else 32}
+    return [
+        Compiled(kernel, types.format(dtype), constants, **settings, capabilities=capabilities)
+        for settings, capabilities in tuning.variants(select_op(groups, kept))
+    ]
+
+
+# Without select_most: its registers spill, at any number of warps. The last two sizes are those of exact.py.
 COMPILED = [
     *(
         Compiled(_group_maxima_kernel, f"*{dtype}, *{dtype}, i32, i32", {"GROUP": GROUP, "GROUPS": 256})
         for dtype in ("bf16", "fp16", "fp32")
     ),
     *(
-        Compiled(
-            _select_kernel,
-            f"*{dtype}, *{dtype}, *i32, *fp32, *i32, i32:16, i32, i32:16, i32:16",
-            {"GROUP": GROUP, "GROUPS": groups, "KEPT": kept, "BITS": 16 if dtype == "bf16" else 32},
-            num_warps=_warps(groups, kept),
+        variant
+        for dtype, more in (("bf16", (1024, 64)), ("fp32", (4, 4)))
+        for groups, kept in ((1024, 32), (4096, 64), (512, 256), more)
+        for variant in _compiled(
+            _select_kernel, "*{0}, *{0}, *i32, *fp32, *i32, i32:16, i32, i32:16, i32:16", dtype, groups, kept
         )
-        for dtype in ("bf16", "fp32")
-        for groups, kept in ((1024, 32), (4096, 64), (512, 256))
     ),
     *(
-        Compiled(
-            _keep_kernel,
-            f"*{dtype}, *{dtype}, *i32, i32:16, i32, i32:16, i32:16",
-            {
-                "GROUP": GROUP,
-                "GROUPS": groups,
-                "KEPT": kept,
-                "BITS": 16 if dtype == "bf16" else 32,
-                "BLOCK": 1024,
-            },
-            num_warps=_warps(groups, kept),
-        )
+        variant
         for dtype in ("bf16", "fp32")
         for groups, kept in ((128, 128), (512, 256))
+        for variant in _compiled(
+            _keep_kernel, "*{0}, *{0}, *i32, i32:16, i32, i32:16, i32:16", dtype, groups, kept, BLOCK=1024
+        )
     ),
 ]
