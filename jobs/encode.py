@@ -71,6 +71,7 @@ class Encoder:
         if checkpoints.identity(self._lake.snapshot(), config.autoencoder.name) != encoding["checkpoint"]:
             raise LakeError(f"autoencoder {config.autoencoder.name} was trained on meanwhile; run sae encode again")
         checkpoints.check_fit(self._autoencoder, self._subject, config.autoencoder.name)
+        self._rounded_encoder = self._autoencoder.rounded_encoder()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         run = int(batch["run"][0])
@@ -89,7 +90,7 @@ class Encoder:
         for start in range(0, len(corpus), size):
             rows = np.arange(start, min(start + size, len(corpus)))
             acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows)
-            row, latent, value = self._autoencoder.nonzeros(acts.float())
+            row, latent, value = self._autoencoder.nonzeros(acts.float(), self._rounded_encoder)
             context_id, pos = (
                 torch.from_numpy(ids).to(row.device) for ids in (corpus.context_id[rows[at_row]], at_pos)
             )

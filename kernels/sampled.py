@@ -101,7 +101,7 @@ def _sampled_kernel(
 COMPILED = [
     Compiled(
         _sampled_kernel,
-        f"*{dtype}, *{dtype}, *i64, *{dtype}, i32, i32, i32:16, i32:16, i32:16",
+        f"*{dtype}, *{dtype}, *{'i64' if dtype == 'bf16' else 'i32'}, *{dtype}, i32, i32, i32:16, i32:16, i32:16",
         {"BLOCK_D": width, "J": ENTRIES},
     )
     for dtype in ("bf16", "fp32")

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 from sae.activations import Activation, Identity, ReLU, TopK, activation_from_state
 from sae.collectives import Group, sum_backward, sum_forward
 from sae.kernels.decode import decode
+from sae.kernels.exact import encode_exact, round_encoder, takes_rounded
 from sae.kernels.scatter import sparse_t_matmul
-from sae.kernels.topk import topk
+from sae.kernels.topk import Selected, topk
 from sae.schemas.errors import AutoencoderError
 
 __all__ = ["Autoencoder", "Identity", "Info", "Nonzeros", "ReLU", "TopK", "check_tensors"]
@@ -170,7 +171,9 @@ class Autoencoder(nn.Module):
             )
         x, info = self.preprocess(x)
         with torch.no_grad():
-            values, indices = topk(self.encode_pre_act(x), self.activation.k)
+            values, latents = self._selected(x, self.activation.k, None)
+            order = values.nan_to_num(-torch.inf, torch.inf, -torch.inf).sort(dim=1, descending=True, stable=True)[1]
+            values, indices = values.gather(1, order), latents.long().gather(1, order)
         return self.activation.postact(self.attach(x, values, indices)), indices, info
 
     def attach(self, x: Tensor, values: Tensor, indices: Tensor) -> Tensor:
@@ -184,17 +187,34 @@ class Autoencoder(nn.Module):
         return cast(Tensor, attached)
 
     @torch.no_grad()
-    def nonzeros(self, x: Tensor) -> Nonzeros:
-        """The strictly positive latents of raw x [B, d], whatever the activation."""
+    def nonzeros(self, x: Tensor, rounded_encoder: Tensor | None = None) -> Nonzeros:
+        """The strictly positive latents of raw x [B, d], whatever the activation.
+
+        For many batches with the same weights, pass what `rounded_encoder` returned: else it is made for each.
+        """
         if not isinstance(self.activation, TopK):
             latents, _ = self.encode(x)
             row, latent = (latents > 0).nonzero(as_tuple=True)
             return Nonzeros(row, latent, latents[row, latent])
-        values, indices, _ = self.encode_topk(x)
-        indices, order = indices.sort(dim=1)
-        values = values.gather(1, order)
+        x, _ = self.preprocess(x)
+        values, indices = self._selected(x, self.activation.k, rounded_encoder)
+        values = self.activation.postact(values)
         row, column = (values > 0).nonzero(as_tuple=True)
-        return Nonzeros(row, indices[row, column], values[row, column])
+        return Nonzeros(row, indices[row, column].long(), values[row, column])
+
+    def rounded_encoder(self) -> Tensor | None:
+        """What `nonzeros` needs of the encoder beside its weights on a GPU, and None where it needs nothing.
+
+        To be made anew when the weights have changed.
+        """
+        if not isinstance(self.activation, TopK) or not takes_rounded(self.encoder.weight):
+            return None
+        return round_encoder(self.encoder.weight)
+
+    def _selected(self, x: Tensor, k: int, rounded_encoder: Tensor | None) -> Selected:
+        """The k largest pre-activations [B, k] of preprocessed x [B, d], by ascending latent."""
+        self._check_width(x)
+        return encode_exact(x - self.pre_bias, self.encoder.weight, self.latent_bias, k, rounded_encoder)
 
     def decode(self, latents: Tensor, info: Info | None = None) -> Tensor:
         """Reconstructions [..., d] of dense latents [..., n], in the space of the raw input.

@@ -2,6 +2,7 @@ import copy
 import io
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sae.kernels.dispatch import interpreter
 from sae.model import Autoencoder, Identity, ReLU, TopK
 from sae.schemas.errors import AutoencoderError
 
@@ -105,6 +107,51 @@ def test_sparse_encoding_and_decoding_equal_dense(case: str) -> None:
     torch.testing.assert_close(
         model.decode_sparse(values, indices, info), model.decode(latents, info), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", ["topk", "topk-identity", "topk-normalized", "tied-topk-normalized"])
+def test_the_kernels_find_the_latents_of_the_plain_product(case: str, device: str) -> None:
+    model, x = CASES[case](), torch.randn(7, D)
+    expected, (values, indices, _) = model.nonzeros(x), model.encode_topk(x)
+    model, x = model.to(device), x.to(device)
+    with interpreter() if device == "cpu" else nullcontext():
+        rounded = model.rounded_encoder()
+        assert rounded is not None
+        found = [model.nonzeros(x), model.nonzeros(x, rounded)]
+        fused_values, fused_indices, _ = model.encode_topk(x)
+    for nonzeros in found:
+        assert torch.equal(nonzeros.row.cpu(), expected.row)
+        assert torch.equal(nonzeros.latent.cpu(), expected.latent)
+        # Sums of 12 products of order one in float32.
+        torch.testing.assert_close(nonzeros.value.cpu(), expected.value, rtol=1e-6, atol=5e-6)
+    assert torch.equal(fused_indices.cpu(), indices)
+    torch.testing.assert_close(fused_values.cpu(), values, rtol=1e-6, atol=5e-6)
+
+
+def test_the_kernels_have_the_gradients_of_the_plain_product() -> None:
+    model, x = CASES["topk-normalized"](), torch.randn(7, D)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model.encode_topk(x)[0].square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with interpreter():
+        found = gradients()
+    assert found.keys() == expected.keys() >= {"pre_bias", "encoder.weight", "latent_bias"}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-4)
+
+
+@every_case
+def test_a_rounded_encoder_is_made_only_where_it_is_of_use(case: str) -> None:
+    model = CASES[case]()
+    assert model.rounded_encoder() is None
+    with interpreter():
+        assert (model.rounded_encoder() is not None) == isinstance(model.activation, TopK)
+        assert model.double().rounded_encoder() is None
 
 
 def test_the_sparse_path_has_the_gradients_of_the_dense_one() -> None:
