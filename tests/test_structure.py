@@ -27,7 +27,7 @@ STEPS = frozenset(
 
 # Everything a folder may import beside the standard library.
 ONLY = {
-    "schemas": ("pyarrow", "pydantic", "yaml", "sae.schemas"),
+    "schemas": ("pyarrow", "pydantic", "pydantic_core", "yaml", "sae.schemas"),
     "kernels": ("torch", "triton", "sae.kernels"),
 }
 ENGINES = ("ray", "duckdb")

@@ -76,7 +76,7 @@ def weights(lab: Lab) -> dict[str, Array]:
     states = [entry["set"][f"autoencoder/{NAME}"] for entry in entries if f"autoencoder/{NAME}" in entry["set"]]
     return {
         name: value.astype(np.float64)
-        for name, value in load_file(lab.lake / states[-1]["checkpoints"][-1]["model"]).items()
+        for name, value in load_file(lab.lake / states[-1]["checkpoints"][-1]["model"][0]["path"]).items()
     }
 
 

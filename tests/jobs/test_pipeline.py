@@ -25,7 +25,7 @@ def state(lab: Lab) -> dict[str, Any]:
 def final_tensors(lab: Lab) -> dict[str, Tensor]:
     """Weights and the whole training state at the last checkpoint."""
     last = state(lab)["checkpoints"][-1]
-    parts = {kind: load_file(lab.lake / last[kind]) for kind in ("model", "state")}
+    parts = {kind: load_file(lab.lake / last[kind][0]["path"]) for kind in ("model", "state")}
     return {f"{kind}/{name}": tensor for kind, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -35,7 +35,7 @@ def assert_same_training(one: Lab, other: Lab) -> None:
     assert [name for name in mine if not mine[name].equal(theirs[name])] == []
     # A lake may also hold what evaluate found.
     mine_rows, their_rows = (
-        [row for row in rows(lab.lake, "metrics") if "evaluate" not in row] for lab in (one, other)
+        [row for row in rows(lab.lake, "metrics") if not {"evaluate", "machine"} & {*row}] for lab in (one, other)
     )
     assert mine_rows == their_rows
 
@@ -107,12 +107,16 @@ def test_training_that_is_killed_and_goes_on_gives_the_same_bits(
 ) -> None:
     killed = tokenized.copy(tmp_path)
     watcher = kill_trainer_at_checkpoint(killed, 4)
-    result = killed.sae("train")
+    result = killed.sae("train", training__max_failures=0)
     watcher.join()
     assert result.code == 1
-    assert result.lines[-1].startswith("error: train: the training worker died")
+    assert result.lines[-1].startswith("error: train: a worker was lost")
     assert 40 <= state(killed)["step"] < 100, "it was killed midway"
-    killed.done("train")
+    watcher = kill_trainer_at_checkpoint(killed, 6)
+    result = killed.done("train")
+    watcher.join()
+    assert "going on from the last checkpoint, 1 of 3 times (training.max_failures)" in result.stderr
+    assert "the next step was done" in result.stderr
     assert_same_training(killed, trained)
 
 
