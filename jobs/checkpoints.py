@@ -85,6 +85,8 @@ def load(lake: Lake, name: str) -> Autoencoder:
 
 Shards = list[dict[str, Any]]
 """The files of one set of tensors, as the lake's log knows them: each its path, and the ranges of latents in it."""
+Opened = tuple[str, Any]
+"""A file's path, and its tensors."""
 
 
 def read(lake: Lake, snapshot: Snapshot, shards: Shards, latents: list[range] | None = None) -> dict[str, Tensor]:
@@ -92,19 +94,20 @@ def read(lake: Lake, snapshot: Snapshot, shards: Shards, latents: list[range] | 
     pieces = [(start, stop, number) for number, shard in enumerate(shards) for start, stop in shard["latents"]]
     wanted = latents if latents is not None else [range(start, stop) for start, stop, _ in sorted(pieces)]
     with ExitStack() as files:
-        opened = [files.enter_context(_opened(lake, snapshot.files[shard["path"]])) for shard in shards]
-        names = {name: number for number, file in reversed([*enumerate(opened)]) for name in list(file.keys())}
+        opened = [_opened(lake, snapshot.files[shard["path"]], files) for shard in shards]
+        names = {name: file for _, file in reversed(opened) for name in list(file.keys())}
         return {name: _tensor(name, opened, names[name], shards, wanted) for name in names}
 
 
-def _tensor(name: str, opened: list[Any], anywhere: int, shards: Shards, wanted: list[range]) -> Tensor:
+def _tensor(name: str, opened: list[Opened], anywhere: Any, shards: Shards, wanted: list[range]) -> Tensor:
     axis = latent_axis(name)
     if axis is None:
-        found: Tensor = opened[anywhere].get_tensor(name)
+        found: Tensor = anywhere.get_tensor(name)
         return found
     parts: list[tuple[int, Tensor]] = []
-    for shard, file in zip(shards, opened, strict=True):
-        rows, offset = file.get_slice(name), 0
+    for shard, (path, file) in zip(shards, opened, strict=True):
+        with _blamed(path):
+            rows, offset = file.get_slice(name), 0
         for start, stop in shard["latents"]:
             for part in wanted:
                 low, high = max(start, part.start) - start + offset, min(stop, part.stop) - start + offset
@@ -115,12 +118,16 @@ def _tensor(name: str, opened: list[Any], anywhere: int, shards: Shards, wanted:
     return torch.cat([part for _, part in sorted(parts, key=lambda one: one[0])], dim=axis)
 
 
-@contextmanager
-def _opened(lake: Lake, file: DataFile) -> Iterator[Any]:
+def _opened(lake: Lake, file: DataFile, files: ExitStack) -> Opened:
     (path,) = lake.verified([file])
+    with _blamed(path):
+        return path, files.enter_context(safe_open(path, framework="pt"))
+
+
+@contextmanager
+def _blamed(path: str) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as tensors:
-            yield tensors
+        yield
     except SafetensorError as error:
         raise AutoencoderError(f"{path}: damaged checkpoint ({error}); restore the file from a copy") from None
 
@@ -134,7 +141,8 @@ def write_tensors(
     """
     first = latents[0].start == 0
     kept = {key: value for key, value in tensors.items() if first or latent_axis(key) is not None}
-    contiguous = {key: value.detach().contiguous().clone() for key, value in kept.items()}
+    # One after another, so that a GPU needs no room for a second training state.
+    contiguous = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in kept.items()}
     file = transaction.write_with(kind, "safetensors", lambda path: _save(contiguous, path), autoencoder=name)
     return {"path": file.path, "latents": [[part.start, part.stop] for part in latents]}
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.devices import Check, no_check
-from sae.jobs.stream import TokenStream, held_out
+from sae.jobs.stream import Lanes, TokenStream, held_out
 from sae.schemas.errors import SubjectError
 
 Array = npt.NDArray[np.int64]
@@ -144,6 +144,120 @@ def test_seeds_and_epochs_give_other_orders() -> None:
     first, second = (tokens(stream(corpus, 10, 50, seed).batches(), 200) for seed in (0, 1))
     assert first != second
     assert first[:100] != first[100:]
+
+
+@dataclass(frozen=True)
+class Lists(Numbered):
+    """It also remembers what it was asked for."""
+
+    asked: list[int] = field(default_factory=list)
+
+    def launch(self, rows: Array) -> tuple[Tensor, Check]:
+        self.asked.extend(rows.tolist())
+        return super().launch(rows)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How ranks read a corpus in lanes."""
+
+    corpus: tuple[Array, Array]
+    batch: int
+    buffer: int
+    seed: int
+    n_lanes: int
+    n_ranks: int
+
+    def by(self, rank: int = 0, n_ranks: int = 1, source: Numbered | None = None) -> Lanes:
+        kept, rows = self.corpus
+        return Lanes(
+            source or Numbered(kept), rows, kept[rows], batch=self.batch, buffer=self.buffer, seed=self.seed,
+            n_lanes=self.n_lanes, rank=rank, n_ranks=n_ranks,
+        )  # fmt: skip
+
+    @property
+    def lanes(self) -> int:
+        """As many as asked for, if there are as many contexts with a token, and they divide a batch."""
+        kept, rows = self.corpus
+        most = min(self.n_lanes, int((kept[rows] > 0).sum()))
+        return max(n for n in range(1, most + 1) if self.batch % n == 0)
+
+
+@st.composite
+def readings(draw: st.DrawFn) -> Reading:
+    n_ranks = draw(st.integers(1, 6))
+    batch = n_ranks * draw(st.integers(1, 8))
+    return Reading(draw(corpora()), batch, draw(SIZES), draw(SEEDS), draw(st.integers(1, 9)), n_ranks)
+
+
+def first(batches: Iterator[Tensor], n: int) -> list[list[list[float]]]:
+    return [batch.tolist() for batch in itertools.islice(batches, n)]
+
+
+@given(readings(), st.integers(0, 20))
+def test_ranks_give_together_what_one_rank_reads_from_any_step_on(reading: Reading, step: int) -> None:
+    whole = first(reading.by().batches(), step + 5)[step:]
+    parts = [
+        first(reading.by(rank, reading.n_ranks).batches(step * reading.batch), 5) for rank in range(reading.n_ranks)
+    ]
+    assert [list(itertools.chain.from_iterable(of_ranks)) for of_ranks in zip(*parts, strict=True)] == whole
+    assert {len(rows) for part in parts for rows in part} == {reading.batch // reading.n_ranks}
+
+
+@given(readings())
+def test_every_lane_gives_each_of_its_tokens_once_an_epoch(reading: Reading) -> None:
+    kept, rows = reading.corpus
+    batches, of_lane, seen = reading.by().batches(), reading.batch // reading.lanes, []
+    made = first(batches, -(-2 * int(kept[rows].sum()) // of_lane))
+    for lane in range(reading.lanes):
+        given = [tuple(token) for batch in made for token in batch[lane * of_lane : (lane + 1) * of_lane]]
+        contexts = sorted({int(row) for row, _ in given})
+        everything = [(row, pos) for row in contexts for pos in range(kept[row])]
+        for epoch in range(2):
+            assert sorted(given[epoch * len(everything) :][: len(everything)]) == everything
+        seen += everything
+    assert sorted(seen) == [(row, pos) for row in sorted(rows.tolist()) for pos in range(kept[row])]
+
+
+@given(readings())
+def test_a_rank_runs_the_subject_for_its_own_lanes_only(reading: Reading) -> None:
+    sources = [Lists(reading.corpus[0]) for _ in range(reading.n_ranks)]
+    for rank, source in enumerate(sources):
+        first(reading.by(rank, reading.n_ranks, source).batches(), 5)
+    readers = [sum(row in source.asked for source in sources) for row in reading.corpus[1].tolist()]
+    share, of_lane = reading.batch // reading.n_ranks, reading.batch // reading.lanes
+    assert max(readers) <= -(-of_lane // share) + (of_lane % share > 0)
+    if reading.lanes % reading.n_ranks == 0:
+        assert max(readers) == 1
+
+
+@given(readings(), st.integers(0, 20))
+def test_lanes_made_ahead_are_the_same_lanes(reading: Reading, step: int) -> None:
+    rank = reading.n_ranks - 1
+    position = step * reading.batch
+    expected = first(reading.by(rank, reading.n_ranks).batches(position), 8)
+    with closing(reading.by(rank, reading.n_ranks).batches(position, CPU)) as batches:
+        assert first(batches, 8) == expected
+
+
+def test_the_buffer_is_shared_by_the_lanes() -> None:
+    corpus = np.full(64, 8), np.arange(64)
+    source = Lists(corpus[0])
+    next(Reading(corpus, 32, 128, 0, 4, 1).by(source=source).batches())
+    assert len(source.asked) * 8 == 128
+
+
+@pytest.mark.parametrize("overlap", [None, torch.device("cpu")])
+@pytest.mark.parametrize("n_lanes", [1, 3])
+def test_lanes_give_no_token_of_a_chunk_that_fails_its_check(overlap: torch.device | None, n_lanes: int) -> None:
+    kept = np.full(30, 8)
+    source = Doubtful(kept, bad=17)
+    made = Lanes(source, np.arange(30), kept, batch=12, buffer=60, seed=0, n_lanes=n_lanes)
+    seen: list[float] = []
+    with pytest.raises(SubjectError, match="NaN"):
+        seen.extend(float(token) for batch in made.batches(0, overlap) for token in batch[:, 0])
+    assert seen
+    assert 17 not in seen
 
 
 DOCUMENTS = st.lists(st.integers(1, 5), min_size=10, max_size=60).map(
