@@ -7,7 +7,7 @@ Shapes: B rows of a replica, d features, n latents, k selected latents per row, 
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from sae.kernels.encode import SCRATCH_BYTES
+from sae.kernels.encode import scratch_rows
 from sae.kernels.topk import GROUP
 from sae.kernels.update import CHUNK
 from sae.sparse_step import MULTI
@@ -148,9 +148,7 @@ def memory(sizes: Sizes, mesh: Mesh) -> Items:
         "pre-activations": _scratch(sizes.rows(mesh), sizes.local(mesh)),
         "AuxK": _aux_memory(sizes, mesh),
     }
-    # The training state is copied before it is written, between two steps.
-    copied = {"copy for a checkpoint, more": max(0, sizes.state_bytes // mesh.ranks - sum(of_step.values()))}
-    return {name: size for name, size in (kept | of_step | copied).items() if size}
+    return {name: size for name, size in (kept | of_step).items() if size}
 
 
 def _row_bytes(sizes: Sizes, mesh: Mesh) -> int:
@@ -166,21 +164,20 @@ def _row_bytes(sizes: Sizes, mesh: Mesh) -> int:
 def _scratch(rows: int, latents: int) -> int:
     """Pre-activations and the maxima of their groups, for as many rows as are held at a time."""
     padded = -(-latents // 128) * 128
-    held = min(rows, max(1, SCRATCH_BYTES // (padded * _HALF) // 128 * 128))
+    held = min(rows, scratch_rows(padded * _HALF))
     return _HALF * held * (padded + padded // GROUP)
 
 
 def _aux_memory(sizes: Sizes, mesh: Mesh) -> int:
-    """Copies of the dead latents' weights, gradients of every block of rows, and what one block needs."""
+    """Copies of the dead latents' weights, gradients of all rows and of a block, and what one block needs."""
     dead, rows, d = sizes.local_dead(mesh), sizes.rows(mesh), sizes.d_model
     if not dead:
         return 0
-    block = min(rows, max(1, SCRATCH_BYTES // (dead * _HALF)))
-    blocks = -(-rows // block)
+    block = min(rows, scratch_rows(dead * _HALF))
     candidates = _CANDIDATE * mesh.tp * min(sizes.auxk, dead) if mesh.tp > 1 else 0
     # Latents dense, as they are found and as they are kept, and the gradients before and behind the threshold.
     of_block = block * (4 * _HALF * dead + 2 * _HALF * d + candidates)
-    return 2 * dead * d * (_HALF + _FULL * blocks) + of_block
+    return 2 * dead * d * (_HALF + _FULL * (1 if block == rows else 2)) + of_block
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from sae.kernels.launches import Settings
 from sae.kernels.topk import GROUP, Selected, keep_topk, select, topk
 
 SCRATCH_BYTES = 2**31
-"""Pre-activations are held for so many rows at a time as fit in here."""
+SCRATCH_ROWS = 8192
+"""Pre-activations are held for so many rows at a time as fit in the first, and at most for the second: shards of an
+autoencoder then need less."""
 
 
 def encode_dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor:
@@ -78,11 +80,17 @@ def _encode_topk_torch(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selec
 def _encode_topk_triton(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
     n = weight.shape[0]
     width = triton.cdiv(n, 128) * 128
-    rows = max(1, SCRATCH_BYTES // (width * x.element_size()) // 128 * 128)
-    parts = [select(*pre_activations(part, weight, bias), k, n) for part in x.split(rows)]
+    parts = [
+        select(*pre_activations(part, weight, bias), k, n) for part in x.split(scratch_rows(width * x.element_size()))
+    ]
     if len(parts) == 1:
         return parts[0]
     return Selected(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def scratch_rows(row_bytes: int) -> int:
+    """How many rows of pre-activations are held at a time."""
+    return min(SCRATCH_ROWS, max(1, SCRATCH_BYTES // row_bytes // 128 * 128))
 
 
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

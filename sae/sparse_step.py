@@ -5,7 +5,6 @@ Shapes: B rows, d features, n latents, k selected latents per row, m dead latent
 Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2 and appendix A.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sae.activations import ReLU, TopK
-from sae.collectives import Group, Wait
-from sae.kernels.aux_error import aux_error
+from sae.auxk import AuxK, Weights
+from sae.collectives import Wait
+from sae.dead_bound import DeadBound
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
-from sae.kernels.encode import SCRATCH_BYTES, encode_dense_topk, encode_topk
+from sae.kernels.encode import encode_topk
 from sae.kernels.order import LatentIndex, latent_index
 from sae.kernels.reconstruct import Reconstruction, partial, reconstruct
 from sae.kernels.update import (
@@ -44,7 +44,7 @@ from sae.sharded import Holdings
 Metrics = dict[str, Tensor]
 
 MULTI = 4
-"""How many times k latents Multi-TopK takes, so that the code can be cut elsewhere later (appendix D.3)."""
+"""How many times k latents Multi-TopK takes, so that its codes can be cut elsewhere than at k."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,6 @@ class StepConfig:
     clip: float | None = None
     ema_decay: float | None = 0.999
     multi_topk_coef: float = 0.0
-
-
-class Aux(NamedTuple):
-    """What AuxK adds: its loss, and gradients of the dead latents and, in two parts, of the decoder's bias [d]."""
-
-    loss: Tensor
-    dead: DeadGradients
-    direct: Tensor
-    by_latents: Tensor
-
-
-class _Weights(NamedTuple):
-    """Of the latents that this rank holds, in the type of products; the bias in that of master weights."""
-
-    encoder: Tensor
-    bias: Tensor
-    decoder: Tensor
 
 
 class _Part(NamedTuple):
@@ -119,17 +102,18 @@ class SparseStep:
         self._dtype = torch.bfloat16 if use_triton(master) and master.is_cuda else master.dtype
         self._weights, self._parts = self._divided()
         self._pre_bias = self._parameter("pre_bias")
+        self._auxk = AuxK(self._weights, self._pre_bias.weight, self._mesh.tp, config.auxk, config.auxk_coef)
         self._published: list[Wait] = []
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
         self.refresh()
 
-    def _divided(self) -> tuple[_Weights, list[_Part]]:
+    def _divided(self) -> tuple[Weights, list[_Part]]:
         """The weights of products, and the parameters that this rank moves, bucket by bucket."""
         encoder, bias, decoder = (self._parameter(name) for name in ("encoder.weight", "latent_bias", "decoder.weight"))
         moved, model, own = Latents(encoder, bias, decoder.T), self._model, self._holdings.buckets
         rows = model.encoder.weight, model.latent_bias, model.decoder_rows
         types = self._dtype, model.latent_bias.dtype, self._dtype
-        weights = _Weights(*(tensor.detach().to(dtype) for tensor, dtype in zip(rows, types, strict=True)))
+        weights = Weights(*(tensor.detach().to(dtype) for tensor, dtype in zip(rows, types, strict=True)))
         if self._mesh.dp.size > 1:
             own = self._holdings.shares
             assert model.decoder is not None
@@ -186,7 +170,8 @@ class SparseStep:
         # What is reconstructed is what is encoded: the bias is in both x and its reconstruction.
         found = self._reconstructed(values, indices, centred)
         self._dead.update(indices, values, rows, mesh.dp)
-        aux = self._auxk(centred, found.error, room, rows) if room else None
+        mask = self._dead.mask(config.dead_after_tokens)
+        aux = self._auxk(centred, found.error, mask, room, rows) if room else None
         scale = 2 * config.mse_scale / (rows * d)
         squared_error, dead = found.squared_error.sum(), aux.dead if aux is not None else None
         loss = squared_error * (config.mse_scale / (rows * d))
@@ -201,7 +186,7 @@ class SparseStep:
         direct, by_latents = column_sum(of.error) * scale, weighted_sum(of.bias, self._weights.encoder)
         if aux is not None:
             direct, by_latents = direct + aux.direct, by_latents + aux.by_latents
-        n_dead = self._dead.mask(config.dead_after_tokens).sum(dtype=direct.dtype)
+        n_dead = mask.sum(dtype=direct.dtype)
         active = (values > 0).sum(dtype=direct.dtype)
         by_latents, active, n_dead = mesh.tp.sum_all(by_latents, active, n_dead)
         if aux is not None:
@@ -320,138 +305,12 @@ class SparseStep:
             wait()
         self._published.clear()
 
-    def _auxk(self, centred: Tensor, error: Tensor, room: int, rows: int) -> Aux:
-        """Let dead latents reconstruct what is left, x - recons + pre_bias, which gets no gradient."""
-        config, n, tp = self._config, self._model.n_latents, self._mesh.tp
-        mask = self._dead.mask(config.dead_after_tokens)
-        # Every dead latent gets a place below room; what is left of it holds latent 0, with a bias that never wins.
-        place = torch.where(mask, mask.cumsum(0) - 1, room)
-        every = torch.arange(n, device=mask.device)
-        ids = torch.zeros(room + 1, dtype=every.dtype, device=mask.device).scatter_(0, place, every)[:room]
-        n_dead = mask.sum()
-        real = torch.arange(room, device=mask.device) < n_dead
-        dead = _Weights(
-            self._weights.encoder[ids],
-            torch.where(real, self._weights.bias[ids], -torch.inf),
-            self._weights.decoder[ids],
-        )
-        size = max(1, SCRATCH_BYTES // (room * centred.element_size()))
-        blocks = [self._aux_block(*block, dead) for block in zip(centred.split(size), error.split(size), strict=True)]
-        loss, encoder, bias, decoder, direct = (sum(sums[1:], start=sums[0]) for sums in zip(*blocks, strict=True))
-        # The bound may have been too careful: then there is no loss either.
-        coef = (tp.sum_(n_dead) > 0).to(loss.dtype) * (config.auxk_coef / rows)
-        bias = bias * (2 * coef)
-        found = DeadGradients(
-            torch.where(mask, place, -1).to(torch.int32), encoder.mul_(2 * coef), bias, decoder.mul_(2 * coef)
-        )
-        return Aux(loss * coef, found, direct * (2 * coef), weighted_sum(bias, dead.encoder))
-
-    def _aux_block(self, centred: Tensor, error: Tensor, dead: _Weights) -> tuple[Tensor, ...]:
-        """Of some rows, AuxK's loss and half its gradients: of the dead latents' encoder, bias and decoder, and of
-        the decoder's bias.
-        """
-        latents = self._aux_latents(centred, dead)
-        if self._mesh.tp.size == 1:
-            recons = latents @ dead.decoder
-        else:
-            recons = self._mesh.tp.sum_(_wide_product(latents, dead.decoder)).to(latents.dtype)
-        loss, grad = aux_error(recons, error, self._pre_bias.weight)
-        pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ dead.decoder.T, latents, 0)
-        encoder, decoder = _wide_product(pre_act_grads.T, centred), _wide_product(latents.T, grad)
-        return loss.sum(), encoder, column_sum(pre_act_grads), decoder, column_sum(grad)
-
-    def _aux_latents(self, centred: Tensor, dead: _Weights) -> Tensor:
-        """The auxk largest of all ranks' dead latents, among zeros: [B, m]."""
-        k, tp = min(self._config.auxk, len(dead.bias)), self._mesh.tp
-        if tp.size == 1:
-            return encode_dense_topk(centred, dead.encoder, dead.bias, k)
-        values, indices = encode_topk(centred, dead.encoder, dead.bias, k)
-        values = won(tp, values, self._config.auxk).relu_().to(centred.dtype)
-        return centred.new_zeros(len(centred), len(dead.bias)).scatter_(1, indices.long(), values)
-
     def _parameter(self, name: str) -> Parameter:
         return self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)
 
     def save_bound(self, into: Tensor) -> None:
         """Write down what is known of the number of dead latents, so that a resumed training takes the same bits."""
         into.copy_(self._bound.state())
-
-
-class _Count(NamedTuple):
-    """A number on its way to the host, and the number of tokens up to which it is a bound."""
-
-    latents: Tensor
-    copied: torch.cuda.Event | None
-    holds_until: int
-
-
-class DeadBound:
-    """How many latents may be dead in the coming step on any rank of tp, without waiting for a GPU to count them.
-
-    On a GPU the count made two steps before is read, of the latents that can be dead by then.
-    """
-
-    LAG = 2
-
-    def __init__(self, dead: DeadLatents, threshold: int, tp: Group | None = None) -> None:
-        self._dead, self._threshold = dead, threshold
-        self._tp = tp if tp is not None else Group()
-        self._tokens = 0
-        self._counts: deque[_Count] = deque()
-
-    def next(self, rows: int) -> int:
-        """A bound for the dead latents after a step on so many rows."""
-        since = self._dead.tokens_since
-        known = self._counts.popleft() if len(self._counts) >= self.LAG else None
-        if known is None or self._tokens + rows > known.holds_until:  # the first steps, and larger ones, wait
-            bound = int(self._within(rows))
-        else:
-            if known.copied is not None:
-                known.copied.synchronize()
-            bound = int(known.latents)
-        if not since.is_cuda:
-            return bound
-        # Rounded up, by at most an eighth where there are many, so that shapes are few.
-        unit = max(256, (1 << bound.bit_length()) // 16)
-        return min(-(-bound // unit) * unit, len(since))
-
-    def record(self, rows: int) -> None:
-        """Count after a step on so many rows, for a later one."""
-        self._tokens += rows
-        if not self._dead.tokens_since.is_cuda:
-            return
-        count = torch.empty((), dtype=torch.int64, pin_memory=True)
-        count.copy_(self._within(self.LAG * rows), non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._counts.append(_Count(count, copied, self._tokens + self.LAG * rows))
-
-    def state(self) -> Tensor:
-        """int64 [LAG, 3] of the counts that are still to be read: latents, tokens left, size of tp; or -1."""
-        rows = [[-1] * 3] * (self.LAG - len(self._counts))
-        for count in self._counts:
-            if count.copied is not None:
-                count.copied.synchronize()
-            rows.append([int(count.latents), count.holds_until - self._tokens, self._tp.size])
-        return torch.tensor(rows[-self.LAG :])
-
-    def load(self, state: Tensor) -> None:
-        """Go on from counts made with as many ranks; others' are of no use."""
-        self._tokens = 0
-        self._counts = deque(
-            _Count(torch.tensor(latents), None, left) for latents, left, size in state.tolist() if size == self._tp.size
-        )
-
-    def _within(self, tokens: int) -> Tensor:
-        """How many latents of a rank are dead after so many tokens more, if none of them fires."""
-        return self._tp.max_((self._dead.tokens_since > self._threshold - tokens).sum())
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product of two tensors of the type of products, in that of master weights."""
-    if a.is_cuda and a.dtype != torch.float64:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b
 
 
 def _shadowed(parameter: Parameter, copy: Tensor) -> Parameter:

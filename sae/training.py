@@ -10,13 +10,14 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from sae.dead_bound import DeadBound
 from sae.kernels.topk import topk
 from sae.losses import normalized_l1, normalized_mse, topk_loss
 from sae.mesh import Mesh
 from sae.model import Autoencoder, TopK, won
 from sae.optimise import EMA, DeadLatents, Optimiser, copy_tensors_
 from sae.sharded import Holdings
-from sae.sparse_step import MULTI, DeadBound, Metrics, SparseStep, StepConfig
+from sae.sparse_step import MULTI, Metrics, SparseStep, StepConfig
 
 __all__ = ["Metrics", "StepConfig", "TrainStep"]
 
@@ -157,11 +158,11 @@ class TrainStep:
             yield shard
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every tensor that the next step depends on, flat and contiguous.
+        """Every tensor that the next step depends on, in whatever layout it has.
 
-        Some are live references: save or clone them before the next step.
+        Live references: save or clone them before the next step.
         """
-        return {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        return self._tensors()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Copy a state in; the next step continues bit by bit.

@@ -36,9 +36,12 @@ def test_steps_take_about_what_was_measured(shape: tuple[int, int, int, int], de
 
 
 def test_memory_is_about_what_was_measured() -> None:
-    """2.02 GiB at most in a process that trains at the first shape, no latent dead, without subject and buffer."""
+    """2.02 GiB at most in a process that trains at the first shape, no latent dead, without subject and buffer.
+
+    It held the pre-activations of all rows at a time, of which it now holds half.
+    """
     needed = memory(Sizes(16_384, 768, 32_768, 32, dead=0.0), Mesh())
-    assert sum(needed.values()) / 2**30 == pytest.approx(2.02, rel=0.03)
+    assert (sum(needed.values()) + needed["pre-activations"]) / 2**30 == pytest.approx(2.02, rel=0.03)
 
 
 @pytest.mark.parametrize("ema", [0.9, None])
