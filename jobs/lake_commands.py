@@ -92,9 +92,21 @@ def _autoencoders(snapshot: Snapshot) -> Rows:
             "k": state["k"],
             "tokens": state["tokens"],
             "complete": state["complete"],
+            **_held_out(state.get("checkpoints", [])),
         }
         for name, state in _named(snapshot, "autoencoder").items()
     ]
+
+
+def _held_out(checkpoints: Rows) -> dict[str, Any]:
+    """Of the checkpoints that are kept: how many, the last one's FVU on held-out text, and the least one's."""
+    scored = [one for one in checkpoints if one.get("fvu") is not None]
+    best = min(scored, key=lambda one: float(one["fvu"]), default=None)
+    return {
+        "checkpoints": len(checkpoints),
+        "fvu": f"{checkpoints[-1]['fvu']:.4f}" if scored and scored[-1] is checkpoints[-1] else "-",
+        "best_fvu": f"{best['fvu']:.4f} at {best['tokens']:,} tokens" if best is not None else "-",
+    }
 
 
 def _unfinished(snapshot: Snapshot) -> Iterator[str]:

@@ -21,7 +21,7 @@ from sae.schemas.errors import AutoencoderError, ConflictError, LakeError, SaeEr
 from sae.sharded import part_of
 from tests.in_process import run_of
 from tests.ranks import Ranks
-from tests.tiny_run import Lab
+from tests.tiny_run import NAME, Lab, sae
 
 D = 3
 
@@ -239,4 +239,11 @@ def test_where_the_disk_of_one_rank_is_full_no_file_of_any_remains(
         assert "File too large" in found[0], "the first rank commits, and tells"
         assert lab.bytes() == before
     assert ranks.on_mesh(2, 1, saved, config, None) == ["", ""]
-    assert len(Lake(config.lake).snapshot().select("checkpoints")) == 2
+    lake = Lake(config.lake)
+    shards = {file.path for kind in ("checkpoints", "training_states") for file in lake.snapshot().select(kind)}
+    assert len(shards) == 4
+    assert sae("status", lab.lake, "--verify").code == 0
+    assert sae("drop", lab.lake, "--autoencoder", NAME).code == 0
+    assert shards <= files(lake)
+    assert set(sae("gc", lab.lake, "--older-than", "0").stdout.split()) > shards
+    assert not shards & files(lake)

@@ -66,8 +66,18 @@ def test_status_tells_what_there_is_and_that_nothing_is_unfinished(
         numbers = (len(files), sum(file.rows for file in files), sum(file.bytes for file in files))
         assert [table, *(f"{number:,}" for number in numbers)] in lines
     assert [CORPUS, "20", "20", str(sum(map(len, small.contexts))), "yes"] in lines
-    assert [NAME, "models/tiny", "blocks.1.hook_resid_pre", str(N_LATENTS), "3", "64", "yes"] in lines
+    assert [NAME, "models/tiny", "blocks.1.hook_resid_pre", str(N_LATENTS), "3", "64", "yes", "1", "-", "-"] in lines
     assert lines[-1] == ["unfinished:", "nothing"]
+
+
+def test_status_tells_the_last_checkpoint_and_the_best_one(small: Small, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = [{"tokens": 64 * step, "fvu": fvu} for step, fvu in enumerate((0.5, 0.25, None, 0.3), start=1)]
+    with small.lake.transaction("train") as transaction:
+        known = transaction.base.properties[f"autoencoder/{NAME}"]
+        transaction.set(f"autoencoder/{NAME}", {**known, "checkpoints": checkpoints})
+    status(small)
+    (line,) = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(NAME))
+    assert line[-6:] == ["4", "0.3000", "0.2500", "at", "128", "tokens"]
 
 
 def test_status_names_the_unfinished_steps(small: Small, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from sae.jobs.trainer import Trainer, shares
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError
 from tests.in_process import run_of
-from tests.tiny_run import Lab, tiny_config
+from tests.tiny_run import Lab, sae, tiny_config
 
 BATCH, SHORT = 64, 20 * 64
 SHAPES: list[dict[str, Any]] = [
@@ -103,8 +103,9 @@ def swept(tokenized: Lab, one_ray: None, tmp_path_factory: pytest.TempPathFactor
     """All of them by one command on two workers."""
     lab = lab_of(tmp_path_factory.mktemp("swept"), tokenized, *SHAPES, log_to=["tensorboard"])
     result = lab.done("train", cluster__dp=2, training__lanes=2)
-    assert [line.split(", ")[0] for line in result.lines] == [f"train: {shape['name']}" for shape in SHAPES]
-    for line, shape in zip(result.lines, SHAPES, strict=True):
+    lines = [line for line in result.lines if "held out" in line]
+    assert [line.split(", ")[0] for line in lines] == [f"train: {shape['name']}" for shape in SHAPES]
+    for line, shape in zip(lines, SHAPES, strict=True):
         (fvu,) = (
             value
             for phase, step, _, metric, value in metrics(lab, shape["name"])
@@ -199,3 +200,46 @@ def test_a_training_goes_on_from_different_steps(
 def known(lab: Lab, name: str) -> int:
     """Tokens that an autoencoder is trained on."""
     return int(Lake(str(lab.lake)).snapshot().properties.get(f"autoencoder/{name}", {"tokens": 0})["tokens"])
+
+
+@pytest.mark.slow
+def test_every_step_heeds_the_list(alone: Lab, tokenized: Lab, one_ray: None, tmp_path: Path) -> None:
+    """Steps of the text are done once, those of an autoencoder for each; a second run changes nothing."""
+    first, second = (shape["name"] for shape in SHAPES[:2])
+    lab = Lab(lab_of(tmp_path, tokenized, *SHAPES[:2]).folder, alone.copy(tmp_path / "trained").lake)
+    result = lab.done("run", encode__run_tokens=4096)
+    told = [line for line in result.lines if ": autoencoder " in line]
+    steps = ("encode", "compact", "aggregate", "evaluate", "export")
+    assert told == [f"{step}: autoencoder {name}" for step in steps for name in (first, second)]
+    atoms = "select autoencoder, count(*) from atoms group by 1 order by 1"
+    assert connect(str(lab.lake)).sql(atoms).fetchall() == [(second, 160), (first, 64)]
+    evaluated = "select distinct autoencoder from metrics where phase = 'evaluate' order by 1"
+    assert connect(str(lab.lake)).sql(evaluated).fetchall() == [(second,), (first,)]
+    exported = sorted(len([*path.parent.rglob("atoms/*.json")]) for path in tmp_path.rglob("manifest.json"))
+    assert exported == [64, 160]
+    before = lab.bytes()
+    lab.done("run", encode__run_tokens=4096)
+    assert lab.bytes() == before
+    shown = sae("status", lab.lake).stdout
+    assert all(any(line.startswith(name) for line in shown.splitlines()) for name in (first, second, "odd"))
+    assert "unfinished: nothing" in shown
+    dropped = sae("drop", lab.lake, "--autoencoder", second)
+    assert dropped.code == 0, dropped.stderr
+    assert connect(str(lab.lake)).sql(atoms).fetchall() == [(first, 64)]
+    assert sae("gc", lab.lake, "--older-than", "0").code == 0
+    assert sae("status", lab.lake, "--verify").code == 0
+
+
+def test_a_faulty_autoencoder_of_a_list_is_named(tokenized: Lab, tmp_path: Path) -> None:
+    """No step of a later one is begun."""
+    lab = lab_of(tmp_path, tokenized, *SHAPES[:2])
+    result = lab.sae("encode")
+    assert result.code == 1
+    assert result.lines[0] == "encode: autoencoder small"
+    assert result.lines[1].startswith("error: autoencoder small: not in this lake")
+    assert len(result.lines) == 2
+
+
+def test_resume_may_be_said(alone: Lab) -> None:
+    result = sae("train", alone.config, "--lake", alone.lake, "--training.lanes", "2", "--resume")
+    assert (result.code, result.lines) == (0, [f"train: small is trained on {SHORT:,} tokens"]), result.stderr
