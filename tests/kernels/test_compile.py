@@ -12,6 +12,7 @@ import pytest
 from sae.kernels.compiled import SHARED_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.timeout(900)  # two minutes of compiling, with a core to itself and nothing cached
 SPILLED_BYTES = 64  # of a thread: a few registers saved around a loop, not a loop that lives in memory
 
 
