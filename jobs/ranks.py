@@ -119,6 +119,8 @@ def _group(config: Run, options: dict[str, Any]) -> PlacementGroup:
     one = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0)}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     together = any(all(node.get(kind, 0) >= tp * amount for kind, amount in one.items()) for node in nodes)
+    if config.cluster.gpus_per_worker and not any(node.get("GPU") for node in nodes):
+        together = True  # nodes with GPUs are still to come
     each, bundles = (tp, dp) if together else (1, tp * dp)
     group: PlacementGroup = placement_group(
         [{kind: each * amount for kind, amount in one.items() if amount}] * bundles, "PACK"
