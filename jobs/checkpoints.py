@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import safetensors.torch
 import torch
@@ -70,12 +70,18 @@ def is_of_subject(key: str) -> bool:
     return key.startswith("subject.") and key != "subject.layers"
 
 
-def load(lake: Lake, name: str) -> Autoencoder:
-    """A fully trained autoencoder of the lake, for inference."""
+Weights = Literal["average", "plain"]
+# Where in a checkpoint they are: which files, and what their names begin with.
+_PLACES: Final[dict[Weights, tuple[str, str]]] = {"average": ("model", ""), "plain": ("state", "autoencoder.")}
+
+
+def load(lake: Lake, name: str, weights: Weights = "average") -> Autoencoder:
+    """A fully trained autoencoder of the lake, for inference: the moving average of its weights, or the last ones."""
     snapshot = lake.snapshot()
     state = state_of(snapshot, name)
     autoencoder = Autoencoder.from_config(state["config"])
-    tensors = read(lake, snapshot, state["checkpoints"][-1]["model"])
+    files, prefix = _PLACES[weights]
+    tensors = read(lake, snapshot, state["checkpoints"][-1][files], prefix=prefix)
     try:
         autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
     except RuntimeError as error:
@@ -89,14 +95,19 @@ Opened = tuple[str, Any]
 """A file's path, and its tensors."""
 
 
-def read(lake: Lake, snapshot: Snapshot, shards: Shards, latents: list[range] | None = None) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, those of the given latents (all where none are given), whoever wrote which."""
+def read(
+    lake: Lake, snapshot: Snapshot, shards: Shards, latents: list[range] | None = None, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, those of the given latents (all where none are given), whoever wrote which.
+
+    With `prefix` only those whose names begin with it, without it.
+    """
     pieces = [(start, stop, number) for number, shard in enumerate(shards) for start, stop in shard["latents"]]
     wanted = latents if latents is not None else [range(start, stop) for start, stop, _ in sorted(pieces)]
     with ExitStack() as files:
         opened = [_opened(lake, snapshot.files[shard["path"]], files) for shard in shards]
-        names = {name: file for _, file in reversed(opened) for name in list(file.keys())}
-        return {name: _tensor(name, opened, names[name], shards, wanted) for name in names}
+        names = {name: file for _, file in reversed(opened) for name in list(file.keys()) if name.startswith(prefix)}
+        return {name.removeprefix(prefix): _tensor(name, opened, names[name], shards, wanted) for name in names}
 
 
 def _tensor(name: str, opened: list[Opened], anywhere: Any, shards: Shards, wanted: list[range]) -> Tensor:
@@ -170,9 +181,9 @@ def _save(tensors: dict[str, Tensor], path: str) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def identity(snapshot: Snapshot, name: str) -> str:
+def identity(snapshot: Snapshot, name: str, weights: Weights = "average") -> str:
     """Short hash of the weights that encode with: latents of other weights are other latents."""
-    shards = state_of(snapshot, name)["checkpoints"][-1]["model"]
+    shards = state_of(snapshot, name)["checkpoints"][-1][_PLACES[weights][0]]
     hashes = [snapshot.files[shard["path"]].sha256 for shard in shards]
     return hashes[0][:12] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
 

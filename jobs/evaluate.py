@@ -37,7 +37,8 @@ def run(config: Run) -> None:
             "training.validation: got 0; evaluate needs held-out text, give the fraction used in training"
         )
     key = f"evaluate/{name}/{corpus}"
-    settings = {"checkpoint": checkpoints.identity(snapshot, name), "tokens": config.evaluate.tokens}
+    weights = checkpoints.identity(snapshot, name, config.encode.weights)
+    settings = {"checkpoint": weights, "tokens": config.evaluate.tokens}
     if snapshot.properties.get(key) == settings:
         progress.say(f"evaluate: {name} is evaluated on {corpus}")
         return
@@ -70,7 +71,7 @@ def _evaluate(config: Run) -> dict[str, float]:
     corpus = contexts.load(lake, config.corpus.name)
     # The loss needs the layers behind the hook as well.
     subject = Subject.load(**{**config.subject.model_dump(), "layers": None}, device=device)
-    autoencoder = checkpoints.load(lake, config.autoencoder.name).to(device)
+    autoencoder = checkpoints.load(lake, config.autoencoder.name, config.encode.weights).to(device)
     checkpoints.check_fit(autoencoder, subject, config.autoencoder.name)
     validation = held_out(corpus.doc_id, config.training.validation, config.seed)
     kept = corpus.kept_tokens(config.subject.masked_positions)

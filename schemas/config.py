@@ -108,6 +108,9 @@ class Encode(_Section):
     run_tokens: Count = Field(262_144, description="tokens in one sorted run, the unit of work and of retry")
     bin_width: float = Field(0.2, gt=0, description="width of a histogram bin, in activation units")
     examples: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="top and random examples an atom")
+    weights: Literal["average", "plain"] = Field(
+        "average", description="of evaluate too: the weights' moving average, or what they were after the last step"
+    )
 
 
 class Compact(_Section):

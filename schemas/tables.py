@@ -138,7 +138,8 @@ EXAMPLES = _table(
 )
 
 METRICS = _table(
-    "one row per (autoencoder, corpus, phase, step, metric); phase is train, validation or evaluate",
+    "one row per (autoencoder, corpus, phase, step, metric); phase is train, validation or "
+    "evaluate, or machine where the value depends on what it was trained on",
     "step, metric",
     ("phase", pa.string()),
     ("step", pa.int64()),

@@ -13,13 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.jobs import checkpoints
+from sae.jobs import checkpoints, evaluate
 from sae.jobs.lake import Lake
 from sae.jobs.trainee import Trainee
 from sae.mesh import Mesh
 from sae.schemas.errors import AutoencoderError, ConflictError, LakeError, SaeError
 from sae.sharded import part_of
-from tests.in_process import run_of
+from tests.in_process import encoder, run_of, train
 from tests.ranks import Ranks
 from tests.tiny_run import NAME, Lab, sae
 
@@ -197,6 +197,24 @@ def test_files_of_a_commit_that_fails_are_deleted_whoever_wrote_them(lake: Lake)
         commit(lake, an_error)
     assert files(lake) == set()
     assert lake.snapshot().properties == {"autoencoder/a": 2}
+
+
+def test_steps_take_the_last_weights_or_their_average(tokenized: Lab, tmp_path: Path) -> None:
+    lab = tokenized.copy(tmp_path)
+    train(lab, training__tokens=640)
+    lake = Lake(str(lab.lake))
+    snapshot = lake.snapshot()
+    last = snapshot.properties[f"autoencoder/{NAME}"]["checkpoints"][-1]
+    average, plain = (checkpoints.read(lake, snapshot, last[kind]) for kind in ("model", "state"))
+    of_weights = {"average": average, "plain": {name: plain[f"autoencoder.{name}"] for name in average}}
+    figures, identities = [], set()
+    for weights, expected in of_weights.items():
+        made = encoder(lab, encode__weights=weights)
+        assert_equal(made._autoencoder.tensors(), expected)
+        identities.add(made._encoding["checkpoint"])
+        figures.append(evaluate._evaluate(run_of(lab, encode__weights=weights))["fvu"])
+    assert len(identities) == 2, "latents of both never mix"
+    assert figures[0] != figures[1]
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Training metrics reach tensorboard and wandb, with their step."""
 
+import importlib
 import os
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,11 +79,10 @@ def test_wandb_shows_all_of_two_autoencoders_as_two_runs(tmp_path: Path) -> None
     command = [sys.executable, "-c", _TWO_BESIDE_EACH_OTHER, str(tmp_path / "run.yaml")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     found: dict[str, list[dict[str, float]]] = {}
     for path in tmp_path.glob("wandb/offline-*/*.wandb"):
-        records = [Record.FromString(data) for data in wandb_records(path.read_bytes())]
+        records = [messages.Record.FromString(data) for data in wandb_records(path.read_bytes())]
         (name,) = (record.run.display_name for record in records if record.HasField("run"))
         shown = [record.history.item for record in records if record.HasField("history")]
         found[name] = [
