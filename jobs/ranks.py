@@ -5,6 +5,7 @@ lake's. A worker that dies leaves the others waiting in a collective; whoever wa
 """
 
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +14,7 @@ from typing import Any, Final
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -26,10 +27,19 @@ from sae.schemas.errors import ConfigError, SaeError, WorkerError
 _PLACED_WITHIN_S: Final = 30.0
 _SAY_EVERY_S: Final = 60.0
 _OTHERS_TELL_WITHIN_S: Final = 3.0
+_DEAD_BECAUSE: Final = "The actor is dead because "
 
 
 class Lost(Exception):
-    """A worker is gone, or can't reach another; what was committed is not."""
+    """A worker is gone, or lost another one; what was committed is not. `at` is the monotonic time of the news."""
+
+    def __init__(self, reason: str, at: float) -> None:
+        super().__init__(reason)
+        self.at = at
+
+
+class UnreachableError(ConfigError):
+    """A rank does not find the others, which may be the network's fault or that of one which died meanwhile."""
 
 
 def n_ranks(config: Run) -> int:
@@ -63,7 +73,7 @@ def joined(config: Run, rank: int, size: int, address: str) -> Iterator[Mesh]:
         mesh.everyone.sum_(torch.ones(1, device="cuda" if on_gpu else "cpu"))
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
+        raise UnreachableError(
             f"cluster: rank {rank} on {get_node_ip_address()} can't reach the others by {address} within "
             f"cluster.timeout_s, {config.cluster.timeout_s:.0f} s ({reason}); open the ports between the nodes, or "
             "name the network's interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
@@ -176,41 +186,96 @@ class Reports:
                 else:
                     return ray.get(next(self._stream))
         except StopIteration:
-            self._get(self._others)
+            self._finish()
             raise
         except RayError as error:
-            raise _cause(error, self._others, len(self._actors)) from None
+            raise self._cause(error) from None
 
     def stop(self) -> None:
-        """Lets all ranks end with a checkpoint; what they report until then is still to be read."""
-        self._get([actor.stop.remote() for actor in self._actors])
+        """Lets all ranks end with a checkpoint, and waits for it; nothing where they have not begun.
+
+        A rank that is lost meanwhile ends the others too: their last checkpoint is there.
+        """
+        if self._stream is None:
+            return
+        try:
+            ray.get([actor.stop.remote() for actor in self._actors])
+            for _ in self:
+                pass
+        except (Lost, RayError):
+            return
 
     def _begin(self) -> None:
         if self._stream is None:
             first, *rest = self._actors
+            # All of them are up before the first waits for the others: starting is not what cluster.timeout_s limits.
+            ray.get([actor.__ray_ready__.remote() for actor in rest])
             address = ray.get(first.address.remote()) if rest else ""
-            self._others = [actor.follow.remote(address) for actor in rest]
-            self._stream = first.train.options(num_returns="streaming").remote(address)
+            others = [actor.follow.remote(address) for actor in rest]
+            self._stream, self._others = first.train.options(num_returns="streaming").remote(address), others
 
-    def _get(self, references: list[Any]) -> None:
+    def _finish(self) -> None:
         try:
-            ray.get(references)
+            ray.get(self._others)
         except RayError as error:
-            raise _cause(error, self._others, len(self._actors)) from None
+            raise self._cause(error) from None
+
+    def _cause(self, error: RayError) -> BaseException:
+        """Why the ranks end: the one that is heard of first may only have missed another one that had a reason."""
+        at, found = time.monotonic(), cluster.cause(error)
+        if _is_reason(found):
+            return found
+        if dead := _dead(self._actors):
+            rank, death = next(iter(dead.items()))
+            # What its constructor raises would come again.
+            return death if death.actor_init_failed else Lost(f"rank {rank}: {_of_death(death)}", at)
+        told = [found, *map(cluster.cause, _errors(self._others))]
+        for reason in (_is_reason, lambda one: isinstance(one, SaeError)):
+            if chosen := [one for one in told if reason(one)]:
+                return chosen[0]
+        if isinstance(error, RayTaskError) and not isinstance(found, RuntimeError):
+            return error  # a fault of the program: it would come again
+        return Lost(_last_line(found), at)
 
 
-def _cause(error: RayError, others: list[Any], size: int) -> BaseException:
-    """Why a rank ended: the first that ends may only have missed one that had a reason."""
+def _is_reason(error: BaseException) -> bool:
+    return isinstance(error, SaeError) and not isinstance(error, UnreachableError)
+
+
+def _dead(actors: list[Any]) -> dict[int, RayActorError]:
+    """The ranks whose actors are dead; one that is alive answers although it works."""
+    asked = [actor.__ray_ready__.remote() for actor in actors]
+    ray.wait(asked, num_returns=len(asked), timeout=_OTHERS_TELL_WITHIN_S)
+    dead = {}
+    for rank, answer in enumerate(asked):
+        try:
+            ray.get(answer, timeout=0)
+        except RayActorError as error:
+            dead[rank] = error
+        except GetTimeoutError:
+            continue
+    return dead
+
+
+def _errors(others: list[Any]) -> Iterator[RayError]:
+    """What those have raised that end soon."""
     ended, _ = ray.wait(others, num_returns=len(others), timeout=_OTHERS_TELL_WITHIN_S) if others else ([], [])
-    errors: list[BaseException] = [error]
     for one in ended:
         try:
             ray.get(one)
-        except RayError as its:
-            errors.append(its)
-    for found in map(cluster.cause, errors):
-        if isinstance(found, SaeError):
-            return found
-    if size > 1 or isinstance(error, RayActorError):
-        return Lost(cluster.first_line(error))
-    return error
+        except RayError as error:
+            yield error
+
+
+def _of_death(error: RayActorError) -> str:
+    """What Ray says of an actor's death, without its list of ids and its advice."""
+    if isinstance(error, ActorUnavailableError):
+        return "out of reach"
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = next((line for line in lines if line.startswith(_DEAD_BECAUSE)), lines[0])
+    return said.removeprefix(_DEAD_BECAUSE).split(". ")[0][:200].removesuffix(".")
+
+
+def _last_line(error: BaseException) -> str:
+    """That of a traceback: what was raised."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]

@@ -62,8 +62,7 @@ def _trained(config: Run, bar: progress.Bar) -> None:
                 _follow(actors, bar, lost_at)
             return
         except ranks.Lost as lost:
-            lost_at = time.monotonic()
-            reason = str(lost)
+            lost_at, reason = lost.at, str(lost)
         if failures < config.training.max_failures:
             progress.say(
                 f"train: a worker was lost ({reason}); going on from the last checkpoint, "
@@ -87,8 +86,6 @@ def _follow(actors: list[Any], bar: progress.Bar, lost_at: float | None) -> None
     except KeyboardInterrupt:
         progress.say("train: interrupted, saving a checkpoint")
         reports.stop()
-        for _ in reports:
-            pass
         raise
 
 

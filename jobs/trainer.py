@@ -40,7 +40,7 @@ class Trainer:
     """Rank `rank` of `n_ranks`, which train one autoencoder together, or several side by side on the same batches."""
 
     def __init__(self, config: Run, rank: int = 0, n_ranks: int = 1) -> None:
-        self._config, self._lake = config, Lake(config.lake)
+        self._config = config
         self._rank, self._n_ranks = rank, n_ranks
         self._device = cluster.use_device(n_ranks)
         self._on_gpu = self._device != "cpu"
@@ -75,6 +75,7 @@ class Trainer:
 
     def _prepare(self, mesh: Mesh) -> None:
         config, training = self._config, self._config.training
+        self._lake = Lake(config.lake)  # not before: Ray would hide that this node has no such folder
         corpus = contexts.load(self._lake, config.corpus.name)
         subject = Subject.load(**config.subject.model_dump(), device=self._device)
         live = training.source == "live"
