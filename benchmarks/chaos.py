@@ -82,8 +82,8 @@ class Command:
     started: dict[int, psutil.Process] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, step: str, config: Path, lake: Path) -> "Command":
-        command = [sys.executable, "-m", "sae.jobs.cli", step, str(config), f"--lake={lake}"]
+    def start(cls, step: str, config: Path, lake: Path, *more: str) -> "Command":
+        command = [sys.executable, "-m", "sae.jobs.cli", step, str(config), f"--lake={lake}", *more]
         return cls(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
 
     def find(self, victim: str) -> psutil.Process | None:
@@ -234,16 +234,26 @@ def reading(lake: Path) -> Iterator[list[str]]:
 
 def differences(one: Path, other: Path) -> list[str]:
     """Tables that differ in any row or column, and the weights and training state if they differ in a bit."""
-    tables = [table for table in ORDER if rows(one, table) != rows(other, table)]
+    tables = [table for table in ORDER if compared(one, table) != compared(other, table)]
     digests = [last_checkpoint(lake) for lake in (one, other)]
     return tables + [kind for kind, digest in digests[0].items() if digest != digests[1].get(kind)]
 
 
-def last_checkpoint(lake: Path) -> dict[str, str]:
+def compared(lake: Path, table: str) -> list[tuple[Any, ...]]:
+    """The rows of a table, but for what a clock measured."""
+    return [row for row in rows(lake, table) if table != "metrics" or "machine" not in row]
+
+
+def last_checkpoint(lake: Path) -> dict[str, list[str]]:
+    """Hashes of the files of the weights and of the training state."""
     snapshot = Lake(str(lake)).snapshot()
     trained = snapshot.properties.get(f"autoencoder/{NAME}")
     last = trained["checkpoints"][-1] if trained else {}
-    return {kind: snapshot.files[last[kind]].sha256 for kind in ("model", "state") if kind in last}
+    return {
+        kind: [snapshot.files[shard["path"]].sha256 for shard in last[kind]]
+        for kind in ("model", "state")
+        if kind in last
+    }
 
 
 if __name__ == "__main__":
