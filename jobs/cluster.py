@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -14,6 +16,8 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
+_GPU_TOKENS: Final = 65_536
+_CPU_CONTEXTS: Final = 16
 # Ray sets it for the entrypoint of a submitted job: such a driver belongs to the cluster it was submitted to.
 _IN_JOB: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -68,6 +72,7 @@ def _start(address: str) -> None:
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
+    on_term = signal.getsignal(signal.SIGTERM)
     try:
         with _native_notes_hidden():
             if address == "local":
@@ -83,6 +88,8 @@ def _start(address: str) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local") from None
+    if threading.current_thread() is threading.main_thread() and on_term is not None:
+        signal.signal(signal.SIGTERM, on_term)  # Ray's own aborts
 
 
 @contextlib.contextmanager
@@ -124,6 +131,13 @@ def use_device(n_workers: int) -> str:
         return "cuda"
     torch.set_num_threads(max(1, cpu_count() // n_workers))
     return "cpu"
+
+
+def contexts_at_once(given: int | None, context_length: int) -> int:
+    """Contexts in one forward pass of the subject: as the config says, or enough to keep a worker busy."""
+    if given is not None:
+        return given
+    return max(1, _GPU_TOKENS // context_length) if torch.cuda.is_available() else _CPU_CONTEXTS
 
 
 def cause(error: BaseException) -> BaseException:

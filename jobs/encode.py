@@ -87,7 +87,7 @@ class Encoder:
     @torch.inference_mode()
     def _latents(self, corpus: contexts.Contexts) -> RunStatistics:
         found = device_statistics.RunBuilder(device_statistics.room(self._autoencoder.pre_bias.device))
-        size = self._config.encode.batch_contexts
+        size = cluster.contexts_at_once(self._config.encode.batch_contexts, corpus.width)
         for start in range(0, len(corpus), size):
             rows = np.arange(start, min(start + size, len(corpus)))
             acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows)

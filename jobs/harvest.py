@@ -48,7 +48,8 @@ class Harvester:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         run = int(batch["run"][0])
         corpus = contexts.load(self._lake, self._config.corpus.name, self._plan.bounds(run))
-        live = Live(self._subject, corpus, self._config.training.harvest_batch)
+        batch_contexts = cluster.contexts_at_once(self._config.training.harvest_batch, corpus.width)
+        live = Live(self._subject, corpus, batch_contexts)
         vectors = live.vectors(np.arange(len(corpus))).half()
         if not torch.isfinite(vectors).all():
             raise SubjectError(

@@ -78,14 +78,10 @@ class Trainer:
         self._lake = Lake(config.lake)  # not before: Ray would hide that this node has no such folder
         corpus = contexts.load(self._lake, config.corpus.name)
         subject = Subject.load(**config.subject.model_dump(), device=self._device)
-        live = training.source == "live"
+        live, batch = training.source == "live", cluster.contexts_at_once(training.harvest_batch, corpus.width)
         if live and self._on_gpu and training.tokens >= _COMPILE_FROM_TOKENS:
-            subject = subject.compiled(training.harvest_batch, corpus.width)
-        source = (
-            Live(subject, corpus, training.harvest_batch)
-            if live
-            else Cached(self._lake, corpus, config.corpus.name, subject)
-        )
+            subject = subject.compiled(batch, corpus.width)
+        source = Live(subject, corpus, batch) if live else Cached(self._lake, corpus, config.corpus.name, subject)
         kept = corpus.kept_tokens(config.subject.masked_positions)
         validation = held_out(corpus.doc_id, training.validation, config.seed)
         rows = np.flatnonzero(~validation)

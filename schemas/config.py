@@ -85,7 +85,11 @@ class Training(_Section):
     clip_norm: float | None = Field(None, gt=0)
     source: Literal["live", "cached"] = "live"
     buffer_tokens: Count = Field(262_144, description="tokens that are shuffled together")
-    harvest_batch: Count = Field(16, description="contexts in one forward pass of the subject")
+    harvest_batch: Count | None = Field(
+        None,
+        description="contexts in one forward pass of the subject; where absent, 16 on a CPU and on a GPU as many as "
+        "have 65,536 tokens",
+    )
     lanes: Count | None = Field(
         None,
         description="parts of the corpus that are read beside each other, for each rank to take some; as many as "
@@ -104,7 +108,7 @@ class Training(_Section):
 class Encode(_Section):
     """How the corpus becomes latent rows. Only batch_contexts may change between two commands."""
 
-    batch_contexts: Count = 16
+    batch_contexts: Count | None = Field(None, description="as training.harvest_batch")
     run_tokens: Count = Field(262_144, description="tokens in one sorted run, the unit of work and of retry")
     bin_width: float = Field(0.2, gt=0, description="width of a histogram bin, in activation units")
     examples: Annotated[int, Field(ge=1, le=1000)] = Field(50, description="top and random examples an atom")

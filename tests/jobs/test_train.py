@@ -102,3 +102,20 @@ def test_wandb_that_cannot_log_in_is_told_in_one_line(tokenized: Lab, tmp_path: 
     (line,) = done.stdout.splitlines()
     assert line.startswith("training.log_to: wandb can't start (")
     assert "set WANDB_MODE=offline" in line
+
+
+@pytest.mark.slow
+def test_a_command_that_is_told_to_end_ends_as_if_interrupted(tokenized: Lab) -> None:
+    """In a process of its own, which starts its own Ray: that takes SIGTERM for itself."""
+    script = (
+        "import os, signal, sys\nfrom sae.jobs import cli, cluster\n"
+        "def told_to_end():\n"
+        "    with cluster.connected(cli.load_config(sys.argv[1])):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        signal.pause()\n"
+        "sys.exit(cli._guarded(told_to_end))"
+    )
+    command = [sys.executable, "-c", script, str(tokenized.config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted; nothing that was committed is lost" in done.stderr
