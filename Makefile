@@ -23,7 +23,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Spinning worker threads slow each other down many times over when cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help env demo test check scan fmt bench clean
+.PHONY: help env demo test test-long check scan fmt bench clean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -48,7 +48,11 @@ demo: env
 	$(PY) -m sae.jobs.demo
 
 test: env
-	$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not gpu and not long" $(PYTEST_ARGS)
+
+# Trainings that are killed, interrupted and set up wrongly, each with workers that have to start.
+test-long: env
+	$(PY) -m pytest -m "long and not gpu" $(PYTEST_ARGS)
 
 check: env
 	$(PY) -m ruff check

@@ -1,7 +1,9 @@
 """SIGKILL at random moments of a training on a mesh: it must end with the bits of one that nothing disturbed.
 
 Each round trains on a Ray cluster of several nodes, a rank on each and one node to spare, and kills a rank, a whole
-node, or the driver, whose command is then run again. Every third round waits for ranks that write a checkpoint.
+node, or the driver, whose command is then run again. Moments are drawn by progress, so that a machine that is slower
+than it was does not move them all to the start: some time after one of the lake's versions, the first and the last
+included. Every third round then waits for ranks that write a checkpoint.
 """
 
 import argparse
@@ -31,6 +33,9 @@ VICTIMS: Final = ("rank", "node", "driver")
 NEXT_STEP: Final = "the next step was done"
 GONE_WITHIN_S: Final = 30.0
 ENDS_WITHIN_S: Final = 900.0
+# About the time from the first sign of a rank to its first commit, and from one commit to the next.
+STARTS_IN_S: Final = 8.0
+STEP_S: Final = 0.4
 MAX_COMMANDS: Final = 3
 
 
@@ -152,20 +157,26 @@ class Training:
 
 
 def all_rounds(lab: Lab, nodes: Nodes, n_rounds: int, draw: random.Random) -> list[dict[str, Any]]:
-    spans = {}
+    first, lasts = Lake(str(lab.lake)).snapshot().version, {}
     for mesh in MESHES:
-        spans[mesh] = undisturbed(lab, nodes, mesh)
-        print(f"undisturbed: dp {mesh[0]}, tp {mesh[1]}: the ranks live for {spans[mesh]:.1f} s", flush=True)
-    print("dp tp  victim   after  at version  commands  ended in  next step  gone in  equal", flush=True)
+        seconds = undisturbed(lab, nodes, mesh)
+        lasts[mesh] = Lake(str(expected(lab, mesh))).snapshot().version
+        print(
+            f"undisturbed: dp {mesh[0]}, tp {mesh[1]}: {seconds:.1f} s, versions {first} to {lasts[mesh]}", flush=True
+        )
+    print("dp tp  victim    moment  at version  commands  ended in  next step  gone in  equal", flush=True)
     results: list[dict[str, Any]] = []
     drawn = 0
     while len(results) < n_rounds:
         mesh, victim = MESHES[drawn // len(VICTIMS) % len(MESHES)], VICTIMS[drawn % len(VICTIMS)]
         while_writing = drawn % 9 in (0, 4, 8)
-        result = one_round(lab, nodes, mesh, victim, draw.uniform(0, spans[mesh]), draw.randrange(2), while_writing)
+        version = draw.randint(first, lasts[mesh])
+        after = draw.uniform(0, STARTS_IN_S if version == first else STEP_S)
+        result = one_round(lab, nodes, mesh, victim, version, after, draw.randrange(2), while_writing)
         drawn += 1
         # A victim that had ended before it could be killed proves nothing: the round is drawn again.
         results += [result] if result is not None else []
+    print(f"{drawn - len(results)} rounds were drawn again, for their victims had ended before", flush=True)
     return results
 
 
@@ -194,9 +205,16 @@ def _while_running(training: Training, happened: Any) -> Iterator[float]:
 
 
 def one_round(
-    lab: Lab, nodes: Nodes, mesh: tuple[int, int], victim: str, after: float, which: int, while_writing: bool
+    lab: Lab,
+    nodes: Nodes,
+    mesh: tuple[int, int],
+    victim: str,
+    version: int,
+    after: float,
+    which: int,
+    while_writing: bool,
 ) -> dict[str, Any] | None:
-    """Kills the victim that many seconds after the ranks appeared, runs to the end, compares."""
+    """Kills the victim that many seconds after ranks and a version have appeared, runs to the end, compares."""
     lake = lab.folder / "disturbed"
     shutil.rmtree(lake, ignore_errors=True)
     shutil.copytree(lab.lake, lake)
@@ -205,7 +223,9 @@ def one_round(
     began = next(_while_running(training, lambda: bool(nodes.ranks())), None)
     if began is None:
         sys.exit("a training failed to start:\n" + "\n".join(line for _, line in training.said))
-    next(_while_running(training, lambda: time.monotonic() > began + after), None)
+    watched = Lake(str(lake))
+    reached = next(_while_running(training, lambda: watched.snapshot().version >= version), began)
+    next(_while_running(training, lambda: time.monotonic() > reached + after), None)
     if while_writing:
         known = _written(lake)
         next(_while_running(training, lambda: _written(lake) - known), None)
@@ -232,10 +252,10 @@ def one_round(
     seconds = time.monotonic() - died
     left_over = _gone_in(nodes) is None
     different = [f"status {code}"] if code else differences(expected(lab, mesh), lake)
-    moment = f"{after:.1f}{'w' if while_writing else ' '}s"
+    moment = f"{version}+{after:.1f}s{'w' if while_writing else ' '}"
     verdict = f"NO: {', '.join(different)}" if different else "yes"
     print(
-        f"{mesh[0]:>2} {mesh[1]:>2}  {victim:>6} {moment:>7} {at_version:>11} {commands:>9} {seconds:>7.1f} s "
+        f"{mesh[0]:>2} {mesh[1]:>2}  {victim:>6} {moment:>9} {at_version:>11} {commands:>9} {seconds:>7.1f} s "
         f"{_shown(next_step):>9} {_shown(gone):>8}  {verdict}{', PROCESSES LEFT OVER' if left_over else ''}",
         flush=True,
     )
@@ -244,6 +264,7 @@ def one_round(
         "dp": mesh[0],
         "tp": mesh[1],
         "victim": victim,
+        "after_version": version,
         "after_s": round(after, 2),
         "while_writing": while_writing,
         "version": at_version,

@@ -113,9 +113,14 @@ def on_ranks(dp: int, tp: int, work: Any, *given: Any) -> list[dict[str, Any]]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     results = get_context("spawn").SimpleQueue()
-    spawn(_rank, (dp, tp, port, results, work, given), nprocs=dp * tp)
-    found = sorted((results.get() for _ in range(dp * tp)), key=lambda one: int(one[0]))
-    return [answer for _, answer in found]
+    context = spawn(_rank, (dp, tp, port, results, work, given), nprocs=dp * tp, join=False)
+    found: dict[int, dict[str, Any]] = {}
+    done = False
+    while not done:  # read meanwhile: a rank ends only once its answer is taken
+        done = bool(context.join(timeout=0.05))
+        while not results.empty():
+            rank, found[rank] = results.get()
+    return [found[rank] for rank in sorted(found)]
 
 
 def _rank(rank: int, dp: int, tp: int, port: int, results: Any, work: Any, given: tuple[Any, ...]) -> None:

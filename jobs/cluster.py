@@ -118,11 +118,18 @@ def worker_options(config: Run, n_workers: int) -> dict[str, Any]:
     are asked for, cluster.gpus_per_worker asks.
     """
     if config.cluster.gpus_per_worker is not None:
-        return {"num_gpus": config.cluster.gpus_per_worker, "num_cpus": 1}
-    gpus = ray.cluster_resources().get("GPU", 0)
+        # Ray lets a worker that asks for none see all of them.
+        hidden = {"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}}
+        share = config.cluster.gpus_per_worker
+        return {"num_gpus": share, "num_cpus": 1, **(hidden if not share and _gpus() else {})}
+    gpus = _gpus()
     if gpus >= 1:
         return {"num_gpus": 1 if gpus >= n_workers else gpus / n_workers, "num_cpus": 1}
     return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / (2 * n_workers))}
+
+
+def _gpus() -> float:
+    return float(ray.cluster_resources().get("GPU", 0))
 
 
 def use_device(n_workers: int) -> str:

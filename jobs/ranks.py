@@ -25,8 +25,11 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError, WorkerError
 
 _PLACED_WITHIN_S: Final = 30.0
+_AGAIN_WITHIN_S: Final = 1800.0
 _SAY_EVERY_S: Final = 60.0
 _OTHERS_TELL_WITHIN_S: Final = 3.0
+# How far ranks may be apart; one that is dead is noticed otherwise, and at once.
+_APART: Final = timedelta(minutes=30)
 _DEAD_BECAUSE: Final = "The actor is dead because "
 
 
@@ -67,10 +70,13 @@ def joined(config: Run, rank: int, size: int, address: str) -> Iterator[Mesh]:
     if on_gpu and not dist.is_nccl_available():
         raise ConfigError("cluster: tp and dp on GPUs need a torch with NCCL, which this one lacks; install another")
     timeout = timedelta(seconds=config.cluster.timeout_s)
+    one = torch.ones(1, device="cuda" if on_gpu else "cpu")
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", address, timeout, size, rank)
-        mesh = Mesh.join(config.cluster.tp, config.cluster.dp, timeout)
-        mesh.everyone.sum_(torch.ones(1, device="cuda" if on_gpu else "cpu"))
+        dist.all_reduce(one)
+        mesh = Mesh.join(config.cluster.tp, config.cluster.dp, _APART)
+        for group in (mesh.tp, mesh.dp, mesh.everyone):
+            group.sum_(one)
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UnreachableError(
@@ -87,12 +93,16 @@ def joined(config: Run, rank: int, size: int, address: str) -> Iterator[Mesh]:
 
 
 @contextmanager
-def placed(config: Run, worker: type) -> Iterator[list[Any]]:
-    """Actors `worker(config, rank, n_ranks)` for all ranks, which end with the block."""
+def placed(config: Run, worker: type, *, again: bool = False) -> Iterator[list[Any]]:
+    """Actors `worker(config, rank, n_ranks)` for all ranks, which end with the block.
+
+    If they are placed `again`, nodes that were lost may come back: there is more time for it.
+    """
     size = n_ranks(config)
-    check_gpus(config)
+    if not again:
+        check_gpus(config)
     options = cluster.worker_options(config, size)
-    group = _group(config, options) if size > 1 else None
+    group = _group(config, options, again) if size > 1 else None
     actors: list[Any] = []
     try:
         for rank in range(size):
@@ -115,7 +125,7 @@ def check_gpus(config: Run) -> None:
     size, known = n_ranks(config), int(ray.cluster_resources().get("GPU", 0))
     share = config.cluster.gpus_per_worker
     if size > 1 and share is not None and 0 < share < 1:
-        raise ConfigError(f"cluster.gpus_per_worker: got {share}, but ranks of tp and dp need a GPU each; give 1 or 0")
+        raise ConfigError(f"cluster.gpus_per_worker: got {share}, but ranks of tp and dp need a GPU each; give 1")
     if share is None and 0 < known < size:
         raise ConfigError(
             f"cluster.tp {config.cluster.tp} times cluster.dp {config.cluster.dp} is {size} ranks, each on a GPU of "
@@ -123,7 +133,7 @@ def check_gpus(config: Run) -> None:
         )
 
 
-def _group(config: Run, options: dict[str, Any]) -> PlacementGroup:
+def _group(config: Run, options: dict[str, Any], again: bool) -> PlacementGroup:
     """Room for all ranks: those of a tp group on one node, where a node is large enough."""
     tp, dp = config.cluster.tp, config.cluster.dp
     one = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0)}
@@ -136,24 +146,24 @@ def _group(config: Run, options: dict[str, Any]) -> PlacementGroup:
         [{kind: each * amount for kind, amount in one.items() if amount}] * bundles, "PACK"
     )
     try:
-        _wait(group, config)
+        _wait(group, config, _AGAIN_WITHIN_S if again else _PLACED_WITHIN_S)
     except BaseException:
         remove_placement_group(group)
         raise
     return group
 
 
-def _wait(group: PlacementGroup, config: Run) -> None:
-    waited, limit = 0.0, _PLACED_WITHIN_S
-    asks_for_more = config.cluster.gpus_per_worker is not None
+def _wait(group: PlacementGroup, config: Run, within: float) -> None:
+    """Raises WorkerError where there is no room in time; there is no end to it where workers are asked for."""
+    began = time.monotonic()
+    wanted = f"{n_ranks(config)} workers (cluster.tp times cluster.dp)"
     while True:
         try:
-            ray.get(group.ready(), timeout=limit)
+            ray.get(group.ready(), timeout=min(within, _SAY_EVERY_S))
             return
         except GetTimeoutError:
-            waited, limit = waited + limit, _SAY_EVERY_S
-        wanted = f"{n_ranks(config)} workers (cluster.tp times cluster.dp)"
-        if not asks_for_more:
+            waited = time.monotonic() - began
+        if waited >= within and config.cluster.gpus_per_worker is None:
             raise WorkerError(
                 f"cluster: no room for {wanted} within {waited:.0f} s; others use the nodes, or one was lost: wait for "
                 "them, or lower cluster.tp or cluster.dp"

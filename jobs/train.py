@@ -30,7 +30,7 @@ def run(config: Run) -> None:
         progress.say(f"train: {names} is trained on {done:,} tokens")
         return
     with cluster.connected(config), progress.bar("train", total, "tokens", done) as bar:
-        _trained(config, bar)
+        _trained(config, bar, lake)
     write_views(lake)
     if _tokens(lake, several) < total:
         raise IncompleteError(f"train: {names} stopped before {total:,} tokens; run sae train again to go on")
@@ -53,25 +53,28 @@ def _tokens(lake: Lake, several: list[Run]) -> int:
     return min(int(properties.get(f"autoencoder/{one.autoencoder.name}", {"tokens": 0})["tokens"]) for one in several)
 
 
-def _trained(config: Run, bar: progress.Bar) -> None:
-    """Trains, as often as training.max_failures allows anew from the last checkpoint."""
+def _trained(config: Run, bar: progress.Bar, lake: Lake) -> None:
+    """Trains, anew from the last checkpoint as often as training.max_failures allows without a further one."""
     lost_at: float | None = None
-    for failures in range(config.training.max_failures + 1):
+    failures, reached, allowed = 0, _tokens(lake, config.each()), config.training.max_failures
+    while True:
         try:
-            with ranks.placed(config, Trainer) as actors:
+            with ranks.placed(config, Trainer, again=lost_at is not None) as actors:
                 _follow(actors, bar, lost_at)
             return
         except ranks.Lost as lost:
             lost_at, reason = lost.at, str(lost)
-        if failures < config.training.max_failures:
-            progress.say(
-                f"train: a worker was lost ({reason}); going on from the last checkpoint, "
-                f"{failures + 1} of {config.training.max_failures} times (training.max_failures)"
+        saved = _tokens(lake, config.each())
+        failures, reached = (failures + 1 if saved == reached else 1), saved
+        if failures > allowed:
+            raise WorkerError(
+                f"train: a worker was lost ({reason}), more than training.max_failures, {allowed}, times; look after "
+                "the nodes, then run sae train again to go on from the last checkpoint"
             )
-    raise WorkerError(
-        f"train: a worker was lost ({reason}), more than training.max_failures, {config.training.max_failures}, times; "
-        "look after the nodes, then run sae train again to go on from the last checkpoint"
-    )
+        progress.say(
+            f"train: a worker was lost ({reason}); going on from the last checkpoint, {failures} of {allowed} times "
+            "(training.max_failures)"
+        )
 
 
 def _follow(actors: list[Any], bar: progress.Bar, lost_at: float | None) -> None:

@@ -64,14 +64,26 @@ def new_autoencoder(config: Run, d_model: int, tp: Group | None = None) -> Autoe
 class Trainee:
     """An autoencoder that all ranks of a mesh train together; each calls every method, in the same order."""
 
-    def __init__(self, config: Run, lake: Lake, subject: dict[str, Any], device: str, mesh: Mesh, n_lanes: int) -> None:
-        """`subject` is what the autoencoder's property says of it: model, hook and d_model."""
+    def __init__(
+        self,
+        config: Run,
+        lake: Lake,
+        snapshot: Snapshot,
+        subject: dict[str, Any],
+        device: str,
+        mesh: Mesh,
+        n_lanes: int,
+    ) -> None:
+        """It goes on from what `snapshot` has of it, the same for all ranks.
+
+        `subject` is what the autoencoder's property says of it: model, hook and d_model.
+        """
         self._config, self._lake, self._subject, self._mesh = config, lake, subject, mesh
         self._name = config.autoencoder.name
         self._device = device
         self._last_step = n_steps(config)
         self._log_every = max(1, self._last_step // _LOGGED_STEPS)
-        self._state = known_state(lake.snapshot(), config)
+        self._snapshot, self._state = snapshot, known_state(snapshot, config)
         self._checkpoints: list[Any] = self._state["checkpoints"] if self._state else []
         self._n_lanes = n_lanes
         self.steps_done = self._state["tokens"] // config.training.batch_tokens if self._state else 0
@@ -98,7 +110,7 @@ class Trainee:
         if self._state is not None:
             owned = self._mesh.owned(self._config.autoencoder.n_latents)
             last = self._state["checkpoints"][-1]["state"]
-            self._step.load_state_dict(checkpoints.read(self._lake, self._lake.snapshot(), last, owned))
+            self._step.load_state_dict(checkpoints.read(self._lake, self._snapshot, last, owned))
         if self._logger is not None:
             self._logger.__enter__()
         self._clock = Clock(self._config.training.batch_tokens, self.steps_done)

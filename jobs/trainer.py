@@ -106,7 +106,9 @@ class Trainer:
         """One autoencoder is the whole mesh's; of several, each is one rank's, which needs all rows."""
         several = self._config.each()
         alone = len(several) > 1
-        states = [known_state(self._lake.snapshot(), one) for one in several]
+        # Another command may commit while ranks look one after another: they go on from what the first has seen.
+        snapshot = self._lake.snapshot(mesh.everyone.gather_objects(self._lake.snapshot().version)[0])
+        states = [known_state(snapshot, one) for one in several]
         total = n_steps(self._config) * self._config.training.batch_tokens
         unfinished = [
             one for one, state in zip(several, states, strict=True) if state is None or state["tokens"] < total
@@ -115,7 +117,7 @@ class Trainer:
         self._everyone, self._readers = mesh.everyone, mesh.everyone if alone else mesh.tp
         self._n_lanes = self._lanes_of([state for state in states if state is not None], total)
         of = Mesh() if alone else mesh
-        self._trainees = [Trainee(one, self._lake, subject, self._device, of, self._n_lanes) for one in mine]
+        self._trainees = [Trainee(one, self._lake, snapshot, subject, self._device, of, self._n_lanes) for one in mine]
 
     def _lanes_of(self, states: list[dict[str, Any]], total: int) -> int:
         """Those of the checkpoints that this training goes on from; or those of the finished autoencoders, so that

@@ -90,7 +90,8 @@ def _encode_topk_triton(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Sele
 
 def scratch_rows(row_bytes: int) -> int:
     """How many rows of pre-activations are held at a time."""
-    return min(SCRATCH_ROWS, max(1, SCRATCH_BYTES // row_bytes // 128 * 128))
+    rows = max(1, min(SCRATCH_ROWS, SCRATCH_BYTES // row_bytes))
+    return rows // 128 * 128 or rows
 
 
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

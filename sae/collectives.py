@@ -22,8 +22,8 @@ Wait = Callable[[], object]
 class Group:
     """Ranks that work together, in order of `rank`.
 
-    Every rank must make the same calls in the same order. They raise RuntimeError when another rank is lost, at the
-    latest after the process group's timeout.
+    Every rank must make the same calls in the same order. When another rank is lost, gloo raises RuntimeError, and
+    NCCL ends the process, at the latest after the process group's timeout.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -99,8 +99,8 @@ class Group:
     def _gather_into(self, out: Tensor, x: Tensor) -> Wait:
         if self.size == 1:
             return _done
-        work = _all_gather(out, x.contiguous(), group=self._group, async_op=True)
-        return _waiting(work, x)
+        x = x.contiguous()
+        return _waiting(_all_gather(out, x, group=self._group, async_op=True), x)
 
 
 def _done() -> None:

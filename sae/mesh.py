@@ -6,7 +6,6 @@ and see the same rows; those of one tp index hold the same latents, of which eac
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import chain
 
 import torch.distributed as dist
 
@@ -26,12 +25,15 @@ class Mesh:
 
     @classmethod
     def join(cls, tp: int, dp: int, timeout: timedelta) -> "Mesh":
-        """The mesh of a torch.distributed job of tp * dp ranks, which is initialised already."""
+        """The mesh of a torch.distributed job of tp * dp ranks, which is initialised already.
+
+        `timeout` limits each of its collectives, and so how far ranks may be apart.
+        """
         ranks = [[row * tp + column for column in range(tp)] for row in range(dp)]
         columns = [list(column) for column in zip(*ranks, strict=True)]
         of_tp, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout)
         of_dp, _ = dist.new_subgroups_by_enumeration(columns, timeout=timeout)
-        return cls(Group(of_tp), Group(of_dp), Group(dist.group.WORLD))
+        return cls(Group(of_tp), Group(of_dp), Group(dist.new_group(timeout=timeout)))
 
     def held(self, n_latents: int) -> range:
         """The latents that this rank computes with."""
@@ -48,8 +50,3 @@ class Mesh:
     def owned(self, n_latents: int) -> list[range]:
         """The latents that this rank moves and saves, ascending: a part of each bucket."""
         return [bucket[self.dp.share(len(bucket))] for bucket in self.buckets(n_latents)]
-
-
-def numbers(ranges: list[range]) -> list[int]:
-    """All numbers of the ranges."""
-    return list(chain.from_iterable(ranges))

@@ -214,6 +214,8 @@ class Autoencoder(nn.Module):
     def _selected(self, x: Tensor, k: int, rounded_encoder: Tensor | None) -> Selected:
         """The k largest pre-activations [B, k] of preprocessed x [B, d], by ascending latent."""
         self._check_width(x)
+        if self.tp.size > 1:
+            raise AutoencoderError("a shard was asked to encode by itself: use select or activate, or the whole one")
         return encode_exact(x - self.pre_bias, self.encoder.weight, self.latent_bias, k, rounded_encoder)
 
     def decode(self, latents: Tensor, info: Info | None = None) -> Tensor:

@@ -87,9 +87,10 @@ class Holdings:
     @torch.no_grad()
     def collect_gradients(self) -> None:
         """Move the gradients of what is held to what is owned, summed over dp."""
-        dp = self.mesh.dp
+        dp, tp = self.mesh.dp, self.mesh.tp
         assert self.held.pre_bias.grad is not None
-        self.owned.pre_bias.grad = dp.sum_(self.held.pre_bias.grad)
+        # A sum over all ranks, of which those of tp have the same: every rank gets the same bits.
+        self.owned.pre_bias.grad = self.mesh.everyone.sum_(self.held.pre_bias.grad / tp.size)
         parameters = dict(self.owned.named_parameters())
         for name, parameter in self.held.named_parameters():
             axis, grad = latent_axis(name), parameter.grad

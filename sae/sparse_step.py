@@ -5,6 +5,7 @@ Shapes: B rows, d features, n latents, k selected latents per row, m dead latent
 Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2 and appendix A.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ class SparseStep:
                 if parameter.shadow is not None:
                     parameter.shadow.copy_(parameter.weight)
             self._publish(part)
-        self._settle()
+        self.settle()
         self._bound = DeadBound(self._dead, self._config.dead_after_tokens, self._mesh.tp)
         if bound is not None:
             self._bound.load(bound)
@@ -165,7 +166,7 @@ class SparseStep:
         rows, d = len(x) * mesh.dp.size, x.shape[1]
         eps = NORMALIZE_EPS if self._model.normalize else None
         centred, power, centred_power = centre(x, self._pre_bias.weight, eps, self._dtype)
-        self._settle()
+        self.settle()
         values, indices, more = self._selected(centred)
         # What is reconstructed is what is encoded: the bias is in both x and its reconstruction.
         found = self._reconstructed(values, indices, centred)
@@ -188,13 +189,20 @@ class SparseStep:
             direct, by_latents = direct + aux.direct, by_latents + aux.by_latents
         n_dead = mask.sum(dtype=direct.dtype)
         active = (values > 0).sum(dtype=direct.dtype)
-        by_latents, active, n_dead = mesh.tp.sum_all(by_latents, active, n_dead)
         if aux is not None:
             loss += aux.loss
-        pre_bias, total, squared, normalised, spread, active, loss = mesh.dp.sum_all(
-            direct - by_latents, column_sum(centred), squared_error, (found.squared_error / power).sum(),
-            centred_power.sum(), active, loss,
-        )  # fmt: skip
+        of_rows = (
+            direct,
+            column_sum(centred),
+            squared_error,
+            (found.squared_error / power).sum(),
+            centred_power.sum(),
+            loss,
+        )
+        direct, total, squared, normalised, spread, loss, by_latents, active, n_dead = self._summed(
+            of_rows, (by_latents, active), (n_dead,)
+        )
+        pre_bias = direct - by_latents
         norm = self._move(of, pre_bias)
         return {
             "loss": loss,
@@ -204,6 +212,20 @@ class SparseStep:
             "dead": n_dead / (self._model.n_latents * mesh.tp.size),
             "grad_norm": norm,
         }
+
+    def _summed(
+        self, of_rows: tuple[Tensor, ...], of_both: tuple[Tensor, ...], of_latents: tuple[Tensor, ...]
+    ) -> list[Tensor]:
+        """Sums over all ranks of what each has of its rows, of its rows and latents, and of its latents.
+
+        In one message to all, so that every rank gets the same bits, and replicas stay replicas.
+        """
+        mesh = self._mesh
+        if mesh.tp.rank > 0:
+            of_rows = tuple(map(torch.zeros_like, of_rows))
+        if mesh.dp.rank > 0:
+            of_latents = tuple(map(torch.zeros_like, of_latents))
+        return mesh.everyone.sum_all(*of_rows, *of_both, *of_latents)
 
     def _selected(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Latents [B, c], which they are, and the same with those that only Multi-TopK takes.
@@ -286,11 +308,16 @@ class SparseStep:
         if self._mesh.dp.size == 1:
             yield from ((part, of) for part in self._parts)
             return
-        begun = [[self._mesh.dp.begin_sum_to_shares(g) for g in gradients(of, part.bucket)] for part in self._parts]
-        for part, exchanges in zip(self._parts, begun, strict=True):
-            for _, wait in exchanges:
-                wait()
-            yield part, Gradients(*(gradient for gradient, _ in exchanges))
+        begun: deque[tuple[_Part, list[tuple[Tensor, Wait]]]] = deque()
+        for part in [*self._parts, None]:
+            if part is not None:
+                exchanges = [self._mesh.dp.begin_sum_to_shares(g) for g in gradients(of, part.bucket)]
+                begun.append((part, exchanges))
+            if len(begun) > 1 or part is None:
+                first, exchanges = begun.popleft()
+                for _, wait in exchanges:
+                    wait()
+                yield first, Gradients(*(gradient for gradient, _ in exchanges))
 
     def _publish(self, part: _Part) -> None:
         """Begin to give the ranks of dp the new weights of a part."""
@@ -299,7 +326,7 @@ class SparseStep:
             follow_(bias._replace(average=None), Hyper(self._scalars))  # kernels write no shadow of a bias
             self._published += [self._holdings.begin_gather(rows, part.bucket) for rows in self._weights]
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the weights that others have moved."""
         for wait in self._published:
             wait()

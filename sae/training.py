@@ -169,6 +169,8 @@ class TrainStep:
 
         Raises AutoencoderError when it is of another autoencoder or configuration.
         """
+        if self._sparse is not None:
+            self._sparse.settle()
         copy_tensors_(self._tensors(), state)
         self.holdings.spread()
         if self._sparse is not None:

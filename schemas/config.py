@@ -100,7 +100,7 @@ class Training(_Section):
     checkpoint_tokens: Count = 10_000_000
     keep_checkpoints: Count = Field(2, description="last checkpoints that are kept, beside the best one")
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="how often lost workers or nodes are replaced before the training gives up"
+        3, description="how often lost workers or nodes are replaced without a checkpoint in between"
     )
     log_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
 

@@ -228,7 +228,7 @@ def saved(mesh: Mesh, config: Any, full: int | None) -> str:
     """A training of one step is saved, while the disk of rank `full` takes but little; returns what is wrong."""
     lake = Lake(config.lake)
     subject = {"model": config.subject.model, "hook": config.subject.hook, "d_model": D}
-    trainee = Trainee(config, lake, subject, "cpu", mesh, 1)
+    trainee = Trainee(config, lake, lake.snapshot(), subject, "cpu", mesh, 1)
     x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
     trainee.start(x)
     trainee.step(1, x[mesh.dp.share(len(x))])

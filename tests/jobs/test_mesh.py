@@ -27,7 +27,7 @@ from sae.schemas.errors import ConfigError, LakeError, StorageError
 from tests.in_process import run_of, train
 from tests.tiny_run import NAME, Lab, Result
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_ray")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_ray")]
 SHORT, LONG, FOR_EVER = 1280, 2560, 640_000  # tokens; 64 are a step, 640 a checkpoint
 WITHIN_S = 120.0
 ALSO = {"training__lanes": 2}

@@ -122,6 +122,7 @@ def test_on_one_worker_each_is_as_if_alone(alone: Lab, tokenized: Lab, tmp_path:
         assert_same(lab, alone, shape["name"])
 
 
+@pytest.mark.long
 def test_on_two_workers_each_is_as_if_alone(alone: Lab, swept: Lab) -> None:
     for shape in SHAPES:
         assert_same(swept, alone, shape["name"])
@@ -202,7 +203,7 @@ def known(lab: Lab, name: str) -> int:
     return int(Lake(str(lab.lake)).snapshot().properties.get(f"autoencoder/{name}", {"tokens": 0})["tokens"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_step_heeds_the_list(alone: Lab, tokenized: Lab, one_ray: None, tmp_path: Path) -> None:
     """Steps of the text are done once, those of an autoencoder for each; a second run changes nothing."""
     first, second = (shape["name"] for shape in SHAPES[:2])
