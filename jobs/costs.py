@@ -199,12 +199,14 @@ class Transfer:
 
 def transfers(sizes: Sizes, mesh: Mesh) -> list[Transfer]:
     """What the ranks tell each other in a step."""
-    readers = sizes.read_by(mesh)
-    rows = Transfer("rows of the batch", "all-gather", "all", readers, sizes.vector_item * sizes.batch * sizes.d_model)
+    readers, d = sizes.read_by(mesh), sizes.d_model
+    rows = Transfer("rows of the batch", "all-gather", "all", readers, sizes.vector_item * sizes.batch * d)
+    sums = Transfer("gradients of the bias, sums", "all-reduce", "all", mesh.ranks, _FULL * (3 * d + 7))
     return [
         *([rows] if readers > mesh.ranks else []),
         *(_of_rows(sizes, mesh) if mesh.tp > 1 else []),
         *(_of_weights(sizes, mesh) if mesh.dp > 1 else []),
+        *([sums] if mesh.ranks > 1 else []),
     ]
 
 
@@ -223,7 +225,7 @@ def _of_rows(sizes: Sizes, mesh: Mesh) -> list[Transfer]:
             Transfer("candidates of AuxK", "all-gather", "tp", tp, _FULL * tp * rows * min(sizes.auxk, dead)),
             Transfer("reconstructions of AuxK", "all-reduce", "tp", tp, _FULL * rows * d),
         ]
-    return [*found, Transfer("bias and counts", "all-reduce", "tp", tp, _FULL * (d + 3))]
+    return found
 
 
 def _of_weights(sizes: Sizes, mesh: Mesh) -> list[Transfer]:
@@ -233,7 +235,6 @@ def _of_weights(sizes: Sizes, mesh: Mesh) -> list[Transfer]:
         Transfer("gradients", "reduce-scatter", "dp", dp, _FULL * local * (2 * d + 1)),
         Transfer("new weights", "all-gather", "dp", dp, local * (2 * _HALF * d + _FULL)),
         Transfer("latents that fired", "all-reduce", "dp", dp, local),
-        Transfer("bias and sums", "all-reduce", "dp", dp, _FULL * (2 * d + 6)),
     ]
 
 

@@ -90,9 +90,10 @@ def test_ranks_own_everything_once(case: tuple[Sizes, Mesh]) -> None:
 def test_ranks_send_only_to_others(case: tuple[Sizes, Mesh]) -> None:
     sizes, mesh = case
     sent = transfers(sizes, mesh)
-    assert {one.over for one in sent} == {axis for axis, n in (("tp", mesh.tp), ("dp", mesh.dp)) if n > 1}
+    sizes_of = {"tp": mesh.tp, "dp": mesh.dp, "all": mesh.ranks}
+    assert {one.over for one in sent} == {axis for axis, n in sizes_of.items() if n > 1}
     for one in sent:
-        assert one.ranks == (mesh.tp if one.over == "tp" else mesh.dp)
+        assert one.ranks == sizes_of[one.over]
         assert 0 < one.sent < 2 * one.size
     assert ("communication" in seconds(sizes, mesh, Rates())) == (mesh.ranks > 1)
 

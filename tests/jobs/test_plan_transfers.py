@@ -34,7 +34,7 @@ class Counting(TorchDispatchMode):
 
     def __init__(self, mesh: Mesh) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        groups = {"tp": mesh.tp, "dp": mesh.dp}
+        groups = {"tp": mesh.tp, "dp": mesh.dp, "all": mesh.everyone}
         self._axes = {axis: group._group.group_name for axis, group in groups.items() if group._group is not None}
         self.seen: Sent = {}
 
