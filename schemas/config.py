@@ -158,7 +158,7 @@ class Run(_Section):
     subject: Subject
     corpus: Corpus
     autoencoder: Autoencoder
-    autoencoders: Annotated[tuple[Autoencoder, ...], Field(min_length=1)] = Field(
+    autoencoders: tuple[Autoencoder, ...] = Field(
         (), description="several to train from the same batches, in the place of autoencoder"
     )
     training: Training = Training()
@@ -172,12 +172,18 @@ class Run(_Section):
     @classmethod
     def _one_or_several(cls, values: Any) -> Any:
         """`autoencoder` is the first of `autoencoders`, whichever of the two is given."""
-        if not isinstance(values, dict) or not values.get("autoencoders"):
+        if not isinstance(values, dict) or "autoencoders" not in values:
             return values
-        if "autoencoder" in values:
-            raise ValueError("autoencoder and autoencoders are both given; give one of them")
+        if values["autoencoders"] in ([], ()):  # as in a config that was written out whole
+            if "autoencoder" not in values:
+                raise ValueError("autoencoders: got []; list should have at least 1 item")
+            return values
         several = values["autoencoders"]
-        return {**values, "autoencoder": several[0]} if isinstance(several, list | tuple) else values
+        if not isinstance(several, list | tuple):
+            return values
+        if values.get("autoencoder", several[0]) != several[0]:
+            raise ValueError("autoencoder and autoencoders are both given; give one of them")
+        return {**values, "autoencoder": several[0]}
 
     def each(self) -> list["Run"]:
         """The same run for each of its autoencoders alone."""

@@ -219,3 +219,8 @@ def test_any_number_of_workers_serves_several_autoencoders() -> None:
 )
 def test_a_mesh_that_does_not_divide_the_work_is_refused(overrides: dict[str, str], expected: str) -> None:
     assert expected in fault(*overrides.items())
+
+
+def test_a_config_that_is_written_out_whole_is_read_as_it_was() -> None:
+    for run in (parse_with(), parse_with(text=several({"name": "small", "n_latents": 64, "k": 4}))):
+        assert parse_with(text=yaml.safe_dump(run.model_dump(mode="json"))) == run
