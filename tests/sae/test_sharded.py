@@ -1,12 +1,10 @@
 """Training on a mesh is training in one process: the same losses, gradients, weights and statistics, in float64."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import pytest
-import ray
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -124,19 +122,6 @@ def assert_same(case: Case, parts: list[dict[str, Any]]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-10, atol=1e-10)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = not ray.is_initialized()
-    if started:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        ray.init(address="local", num_cpus=2, object_store_memory=10**8, **quiet)
-    made = Ranks()
-    yield made
-    made.end()
-    if started:
-        ray.shutdown()
 
 
 @pytest.mark.slow

@@ -2,12 +2,9 @@
 weights that are filled by others, which kernels write beside the masters.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import ray
 import torch
 from torch import Tensor
 
@@ -51,19 +48,6 @@ def trained(mesh: Mesh, config: StepConfig, dtype: torch.dtype) -> list[dict[str
 def trained_by_kernels(mesh: Mesh, config: StepConfig) -> list[dict[str, float]]:
     with interpreter():
         return trained(mesh, config, torch.float32)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    started = not ray.is_initialized()
-    if started:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
-        ray.init(address="local", num_cpus=2, object_store_memory=10**8, **quiet)
-    made = Ranks()
-    yield made
-    made.end()
-    if started:
-        ray.shutdown()
 
 
 @pytest.mark.slow
