@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--cases", choices=CASES, nargs="+", default=CASES)
     parser.add_argument("--only", choices=CONTENDERS, nargs="+", default=CONTENDERS)
     parser.add_argument("--no-normalize", dest="normalize", action="store_false", help="train on raw inputs")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="launch our kernels one by one")
     parser.add_argument("--profile", action="store_true", help="what the kernels of 5 of our steps take, instead")
     args = parser.parse_args()
     device = _options.device(args.device)
@@ -58,7 +59,7 @@ def one(shape: Shape, case: str, args: Namespace, device: torch.device) -> dict[
     release(device)
     problem = Problem.draw(shape, case, args.seed, device, args.normalize)
     if args.profile:
-        _profile.show(f"{shape} {case}", ours(problem)[0], device)
+        _profile.show(f"{shape} {case}", ours(problem, args.graphs)[0], device)
         return None
     row = measured(problem, args, device)
     print(" ".join(f"{column}: {text};" for column, text in zip(COLUMNS, cells(row), strict=True)), file=sys.stderr)
@@ -68,7 +69,7 @@ def one(shape: Shape, case: str, args: Namespace, device: torch.device) -> dict[
 def measured(problem: Problem, args: Namespace, device: torch.device) -> dict[str, Any]:
     release(device)
     before = allocated(device)
-    (work, model), highest = peak(lambda: ours(problem), device)
+    (work, model), highest = peak(lambda: ours(problem, args.graphs), device)
     losses: dict[str, float] = {}
 
     def baseline(name: str, kind: type[TorchStep]) -> Work:
@@ -97,10 +98,10 @@ def measured(problem: Problem, args: Namespace, device: torch.device) -> dict[st
     }
 
 
-def ours(problem: Problem) -> tuple[Callable[[], Metrics], Autoencoder]:
+def ours(problem: Problem, graphs: bool) -> tuple[Callable[[], Metrics], Autoencoder]:
     """Our training step, some steps in: compiled, tuned, all memory taken."""
     model = problem.start()
-    work = training(TrainStep(model, StepConfig()).step, problem)
+    work = training(TrainStep(model, StepConfig(graphs=graphs)).step, problem)
     for _ in range(WARM_UP_CALLS):
         work()
     return work, model
@@ -113,6 +114,7 @@ def first_loss(problem: Problem) -> float:
 
 def result(rows: list[dict[str, Any]], args: Namespace, device: torch.device) -> Result:
     normalize = ", inputs normalised" if args.normalize else ""
+    normalize += "" if args.graphs else ", kernels launched one by one"
     return {
         "benchmark": "step",
         "command": "python -m benchmarks.step",

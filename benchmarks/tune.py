@@ -23,8 +23,10 @@ from sae.kernels import tuning
 from sae.kernels.dispatch import interpreter
 from sae.kernels.encode import pre_activations, product_op
 from sae.kernels.launches import OPS, Settings
+from sae.kernels.order import latent_index
 from sae.kernels.reconstruct import reconstruct
 from sae.kernels.topk import group_maxima, select, select_op
+from sae.kernels.update import Hyper, Latents, Parameter, SparseGradient, update, update_op
 
 AUXK = 256
 MOST = 512
@@ -72,8 +74,8 @@ def works(shape: Shape, device: torch.device) -> dict[str, Work]:
     x, weight = normal(shape.batch, shape.d_model, dtype=half), normal(shape.n_latents, shape.d_model, dtype=half)
     bias = normal(shape.n_latents)
     pre, maxima = pre_activations(x, weight, bias)
-    values, indices = select(pre, maxima, shape.k, shape.n_latents)
-    found: dict[str, Work] = {"reconstruct": lambda: reconstruct(values.relu(), indices, weight, x)}
+    latents, indices = select(pre, maxima, shape.k, shape.n_latents)
+    found: dict[str, Work] = {"reconstruct": lambda: reconstruct(latents.relu(), indices, weight, x)}
     product = partial(pre_activations, x, weight, bias)
     found[product_op(x, weight)] = product
     # Dead latents are few, of which many are selected; encoding selects many of many.
@@ -81,7 +83,22 @@ def works(shape: Shape, device: torch.device) -> dict[str, Work]:
     for k, of in ((shape.k, pre), (min(AUXK, few.shape[1]), few), (min(MOST, pre.shape[1]), pre)):
         tops = maxima if of is pre else group_maxima(of)
         found.setdefault(select_op(tops.shape[1], min(k, tops.shape[1])), partial(select, of, tops, k, of.shape[1]))
+    found[update_op(shape.d_model)] = updating(latents.relu(), indices, x, shape.n_latents)
     return found
+
+
+def updating(values: Tensor, indices: Tensor, x: Tensor, n: int) -> Work:
+    """The update of all latents, with averages, and copies in the type of x."""
+    hyper = Hyper(torch.tensor([1e-3, 1.0, 1.0], device=x.device), 1e-3)
+
+    def parameter(*size: int) -> Parameter:
+        weight, exp_avg, exp_avg_sq, average = (torch.full(size, 0.01, device=x.device) for _ in range(4))
+        return Parameter(weight, exp_avg, exp_avg_sq, average, x.new_empty(size) if len(size) > 1 else None)
+
+    moved = Latents(*(parameter(*size) for size in ((n, x.shape[1]), (n,), (n, x.shape[1]))))
+    index = latent_index(indices, n)
+    # Made anew each time, so that the sums of whole chunks are in it.
+    return lambda: update(moved, SparseGradient(index, values, values, x, x, 1e-3), hyper)
 
 
 def fastest(rows: list[dict[str, Any]]) -> dict[str, Settings]:

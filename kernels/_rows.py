@@ -11,9 +11,14 @@ MAX_FEATURES = 16384
 """The widest row that fits in the registers of one program."""
 
 
+def block_of(d: int) -> int:
+    """Return the block of a program that holds a row of d features."""
+    return int(triton.next_power_of_2(d))
+
+
 def whole_row(d: int) -> tuple[int, int]:
     """Return block and warps of a program that holds a row of d features."""
-    block = int(triton.next_power_of_2(d))
+    block = block_of(d)
     return block, max(1, min(16, block // 256))
 
 

@@ -38,6 +38,11 @@ def _rows(entries: int, features: int) -> Settings:
     return {"ENTRIES": entries, "FEATURES": features}
 
 
+def _entries(warps: int, tile: int) -> Settings:
+    """Warps of a program that holds rows, and entries that it takes together; fewer of wide rows."""
+    return {"TILE": tile, "num_warps": warps}
+
+
 # Those of H100 were measured on an H200 (benchmarks/results) but for select_most; those of A100 were not measured: they
 # are compiled for it, without spilled registers and within its shared memory.
 OPS: Mapping[str, Op] = {
@@ -71,5 +76,21 @@ OPS: Mapping[str, Op] = {
         default=_rows(8192, 256),
         shipped={H100: _rows(8192, 256), A100: _rows(8192, 256)},
         candidates=(_rows(8192, 256), _rows(4096, 256), _rows(8192, 512), _rows(16384, 256), _rows(4096, 128)),
+    ),
+    # Rows of up to 256, of up to 1024 and of more features.
+    "update_narrow": Op(
+        default=_entries(1, 4),
+        shipped={H100: _entries(1, 4), A100: _entries(1, 4)},
+        candidates=tuple(_entries(warps, tile) for warps in (1, 2, 4) for tile in (2, 4, 8)),
+    ),
+    "update": Op(
+        default=_entries(4, 4),
+        shipped={H100: _entries(4, 4), A100: _entries(4, 4)},
+        candidates=tuple(_entries(warps, tile) for warps in (2, 4, 8) for tile in (1, 2, 4, 8)),
+    ),
+    "update_wide": Op(
+        default=_entries(16, 4),
+        shipped={H100: _entries(16, 4), A100: _entries(16, 4)},
+        candidates=tuple(_entries(warps, tile) for warps in (8, 16, 32) for tile in (1, 2, 4)),
     ),
 }

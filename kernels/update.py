@@ -12,7 +12,7 @@ Source: Kingma and Ba 2015, "Adam", algorithm 1; Gao et al. 2024, section 2.1 an
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,10 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sae.kernels._rows import MAX_FEATURES, whole_row
+from sae.kernels import tuning
+from sae.kernels._rows import MAX_FEATURES, block_of
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
-from sae.kernels.order import LatentIndex, segment_sums
+from sae.kernels.launches import Settings
+from sae.kernels.order import LatentIndex, latent_index, segment_sums
 
 CHUNK = 64
 """Entries summed beforehand where a whole aligned chunk is of one latent."""
@@ -239,11 +241,10 @@ def _sums(of: SparseGradient) -> _Sums:
     decoder = torch.empty(n_chunks, d, device=device)
     chunk_bias = torch.empty(n_chunks, device=device)
     bias = torch.empty(n, device=device)
-    block, tile, warps = _shape(d)
     if n_chunks:
         _chunks_kernel[(n_chunks,)](
             of.index.latents, of.index.entries, of.values, of.grads, of.error, of.centred,
-            encoder, decoder, chunk_bias, n, d, k, CHUNK, tile, block, num_warps=warps,
+            encoder, decoder, chunk_bias, n, d, k, CHUNK=CHUNK, BLOCK=block_of(d), **_settings(of.error),
         )  # fmt: skip
     _bias_kernel[(n,)](of.index.starts, of.index.entries, of.grads, chunk_bias, bias, CHUNK, 128, num_warps=1)
     return _Sums(bias, encoder, decoder)
@@ -265,6 +266,7 @@ def _launch(
     *,
     project: bool = False,
     first: int = 0,
+    settings: dict[str, int] | None = None,
 ) -> Tensor:
     """Gradients from `of`, of as many latents from `first` on, or from grads; projected, and with hyper applied."""
     rows = latents.encoder.weight if latents is not None else cast(Gradients, grads).encoder
@@ -283,14 +285,13 @@ def _launch(
     extra = (dead.place[first:], dead.encoder, dead.decoder, dead.bias) if dead is not None else (unused,) * 4
     given = (grads.encoder, grads.decoder, grads.bias) if grads is not None else (unused,) * 3
     moved = _pointers(latents, unused) if latents is not None else [unused] * 14
-    block, tile, warps = _shape(d)
     _update_kernel[(n,)](
         *gather, *extra, *given, squares, hyper.scalars if hyper is not None else unused, *moved,
         d, hyper.blend if hyper is not None else 0.0, 1 - BETAS[0], 1 - BETAS[1], EPS,
         GATHER=of is not None, DEAD=dead is not None, PROJECT=project, APPLY=hyper is not None,
         AVERAGE=latents is not None and latents.encoder.average is not None,
         SHADOW=latents is not None and latents.encoder.shadow is not None,
-        CHUNK=CHUNK, TILE=tile, BLOCK=block, num_warps=warps,
+        CHUNK=CHUNK, BLOCK=block_of(d), **(settings or _settings(rows)),
     )  # fmt: skip
     return squares
 
@@ -301,10 +302,39 @@ def _pointers(latents: Latents, unused: Tensor) -> list[Tensor]:
     return [unused if tensor is None else tensor for tensor in tensors]
 
 
-def _shape(d: int) -> tuple[int, int, int]:
-    """Block of features, entries taken together, and warps for rows of d."""
-    block, warps = whole_row(d)
-    return block, max(1, min(4, MAX_FEATURES // block)), warps
+def update_op(d: int) -> str:
+    """The op under which a row of d features has its launch settings."""
+    block = block_of(d)
+    return "update_narrow" if block < 512 else "update" if block <= 1024 else "update_wide"
+
+
+def _settings(like: Tensor) -> dict[str, int]:
+    """How to launch for rows of like [_, d]."""
+    d = like.shape[1]
+    chosen = tuning.settings(update_op(d), like, (block_of(d),), partial(_try, d, like.device))
+    return _fitting(chosen, d)
+
+
+def _fitting(chosen: Settings, d: int) -> dict[str, int]:
+    """Settings with no more entries taken together than there are registers for."""
+    return {**chosen, "TILE": max(1, min(chosen["TILE"], MAX_FEATURES // block_of(d)))}
+
+
+def _try(d: int, device: torch.device, settings: Settings) -> None:
+    """An update of made-up latents."""
+    latents, of, hyper = _made_up(d, device)
+    _launch(latents, of, None, hyper, project=True, settings=_fitting(settings, d))
+
+
+@lru_cache(maxsize=1)
+def _made_up(d: int, device: torch.device) -> tuple[Latents, SparseGradient, Hyper]:
+    """Each of 2,048 latents fires 32 times."""
+    n, rows, k = 2048, 2048, 32
+    encoder, decoder = (Parameter(*(torch.ones(n, d, device=device) for _ in range(4))) for _ in range(2))
+    bias = Parameter(*(torch.ones(n, device=device) for _ in range(4)))
+    index = latent_index(torch.arange(rows * k, dtype=torch.int32, device=device).view(rows, k) * 17 % n, n)
+    values, x = torch.ones(rows, k, device=device), torch.ones(rows, d, dtype=torch.bfloat16, device=device)
+    return Latents(encoder, bias, decoder), SparseGradient(index, values, values, x, x, 1.0), Hyper(values[0])
 
 
 @triton.jit
@@ -496,17 +526,6 @@ def _update_kernel(
         _store(weight, bias_ptr, bias_average_ptr, bias_ptr, latent, one, blend, AVERAGE, False)
 
 
-def _compiled(dtype: str, d: int, gather: bool, project: bool, apply: bool) -> Compiled:
-    block, tile, warps = _shape(d)
-    gathered = f"*i64, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32, fp32"
-    row = f"*fp32, *fp32, *fp32, *fp32, *{dtype}"
-    rest = f"*i32, {', '.join(['*fp32'] * 8)}, {row}, {row}, *fp32, *fp32, *fp32, *fp32, i32:16, fp32, fp32, fp32, fp32"
-    flags = {"GATHER": gather, "DEAD": gather, "PROJECT": project, "APPLY": apply}
-    kept = {"AVERAGE": apply, "SHADOW": apply and dtype == "bf16"}
-    shape = {"CHUNK": CHUNK, "TILE": tile, "BLOCK": block}
-    return Compiled(_update_kernel, f"{gathered}, {rest}", {**flags, **kept, **shape}, num_warps=warps)
-
-
 _GATHER, _GIVEN, _PROJECT, _APPLY = True, False, True, True
 _VARIANTS = (
     (_GATHER, _PROJECT, _APPLY),
@@ -516,16 +535,38 @@ _VARIANTS = (
     (_GIVEN, _PROJECT, _APPLY),
 )
 
-COMPILED = [
-    *(_compiled(dtype, d, *variant) for dtype in ("bf16", "fp32") for d in (768, 4096) for variant in _VARIANTS),
-    *(
+
+def _compiled(dtype: str, d: int, chosen: Settings, capabilities: tuple[int, ...]) -> list[Compiled]:
+    gathered = f"*i64, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32, fp32"
+    row = f"*fp32, *fp32, *fp32, *fp32, *{dtype}"
+    rest = f"*i32, {', '.join(['*fp32'] * 8)}, {row}, {row}, *fp32, *fp32, *fp32, *fp32, i32:16, fp32, fp32, fp32, fp32"
+    constants, options = tuning.split(_fitting(chosen, d))
+    shape = {"CHUNK": CHUNK, "BLOCK": block_of(d), **constants}
+    found = [
         Compiled(
             _chunks_kernel,
             f"*{latents}, *i64, *fp32, *fp32, *{dtype}, *{dtype}, *fp32, *fp32, *fp32, i32:16, i32:16, i32",
-            {"CHUNK": CHUNK, "TILE": _shape(d)[1], "BLOCK": _shape(d)[0]},
-            num_warps=_shape(d)[2],
+            shape,
+            **options,
+            capabilities=capabilities,
         )
-        for latents, dtype, d in (("i16", "bf16", 768), ("i32", "bf16", 4096), ("i32", "fp32", 768))
+        for latents in ("i16", "i32")
+    ]
+    for gather, project, apply in _VARIANTS:
+        flags = {"GATHER": gather, "DEAD": gather, "PROJECT": project, "APPLY": apply}
+        kept = {"AVERAGE": apply, "SHADOW": apply and dtype == "bf16"}
+        constants = {**flags, **kept, **shape}
+        found.append(Compiled(_update_kernel, f"{gathered}, {rest}", constants, **options, capabilities=capabilities))
+    return found
+
+
+COMPILED = [
+    *(
+        variant
+        for dtype in ("bf16", "fp32")
+        for d in (64, 768, 4096)
+        for of in tuning.variants(update_op(d))
+        for variant in _compiled(dtype, d, *of)
     ),
     Compiled(_bias_kernel, "*i64, *i64, *fp32, *fp32, *fp32", {"CHUNK": CHUNK, "BLOCK": 128}, num_warps=1),
 ]

@@ -18,6 +18,7 @@ from sae.activations import ReLU, TopK
 from sae.auxk import AuxK, Weights
 from sae.collectives import Wait
 from sae.dead_bound import DeadBound
+from sae.graphs import Replay
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
@@ -44,6 +45,8 @@ from sae.sharded import Holdings
 
 Metrics = dict[str, Tensor]
 
+METRICS = ("loss", "normalized_mse", "fvu", "l0", "dead", "grad_norm")
+
 MULTI = 4
 """How many times k latents Multi-TopK takes, so that its codes can be cut elsewhere than at k."""
 
@@ -59,6 +62,7 @@ class StepConfig:
     clip: largest global gradient norm, or None
     ema_decay: decay of the weights' moving average per step, or None
     multi_topk_coef: weight of the loss with MULTI times k latents; TopK only
+    graphs: launch the kernels of a step at once, where one GPU does all of it; the bits are the same
     """
 
     mse_scale: float = 1.0
@@ -69,6 +73,7 @@ class StepConfig:
     clip: float | None = None
     ema_decay: float | None = 0.999
     multi_topk_coef: float = 0.0
+    graphs: bool = True
 
 
 class _Part(NamedTuple):
@@ -105,6 +110,8 @@ class SparseStep:
         self._pre_bias = self._parameter("pre_bias")
         self._auxk = AuxK(self._weights, self._pre_bias.weight, self._mesh.tp, config.auxk, config.auxk_coef)
         self._published: list[Wait] = []
+        recorded = config.graphs and self._dtype == torch.bfloat16 and self._mesh.everyone.size == 1
+        self._run = Replay(self._train) if recorded else self._train
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
         self.refresh()
 
@@ -153,15 +160,15 @@ class SparseStep:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             room = self._bound.next(rows) if self._config.auxk else 0
             self._scalars.copy_(self._optimiser.advance(lr))
-            metrics = self._train(x, room)
+            values = self._run(x, room)
             if self._config.auxk:
                 self._bound.record(rows)
         if self._ema is not None:
             self._ema.count()
-        return metrics
+        return dict(zip(METRICS, values.unbind(), strict=True))
 
-    def _train(self, x: Tensor, room: int) -> Metrics:
-        """Everything that is done on the device; at most `room` latents of any rank are dead."""
+    def _train(self, x: Tensor, room: int) -> Tensor:
+        """Everything that is done on the device, if at most `room` latents of any rank are dead; gives METRICS."""
         config, mesh = self._config, self._mesh
         rows, d = len(x) * mesh.dp.size, x.shape[1]
         eps = NORMALIZE_EPS if self._model.normalize else None
@@ -204,14 +211,9 @@ class SparseStep:
         )
         pre_bias = direct - by_latents
         norm = self._move(of, pre_bias)
-        return {
-            "loss": loss,
-            "normalized_mse": normalised / rows,
-            "fvu": squared / (spread - total.square().sum() / rows),
-            "l0": active / rows,
-            "dead": n_dead / (self._model.n_latents * mesh.tp.size),
-            "grad_norm": norm,
-        }
+        fvu = squared / (spread - total.square().sum() / rows)
+        share_dead = n_dead / (self._model.n_latents * mesh.tp.size)
+        return torch.stack([loss, normalised / rows, fvu, active / rows, share_dead, norm])
 
     def _summed(
         self, of_rows: tuple[Tensor, ...], of_both: tuple[Tensor, ...], of_latents: tuple[Tensor, ...]

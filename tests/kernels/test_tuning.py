@@ -11,7 +11,7 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from sae.kernels import dispatch, encode, launches, reconstruct, topk, tuning
+from sae.kernels import dispatch, encode, launches, order, reconstruct, topk, tuning, update
 from sae.kernels.launches import OPS, Settings
 from sae.kernels.tuning import Tuner
 
@@ -157,6 +157,12 @@ def test_another_gpu_is_measured_on_work_that_is_worth_it(tmp_path: Path, monkey
     assert not list(tmp_path.iterdir())
     found = encode.encode_topk(x, weight, bias, 20)
     assert len(list(tmp_path.iterdir())) == 2
+    kept = updated(1100, "cuda")
+    monkeypatch.setattr(tuning, "MIN_ROWS", 1)
+    monkeypatch.setattr(tuning, "_known", {})
+    for mine, theirs in zip(updated(1100, "cuda"), kept, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert len(list(tmp_path.glob("update_wide*"))) == 1
     # Sums of 64 products of order one, rounded to bfloat16 in another order.
     torch.testing.assert_close(found.values[:1000].sort().values, expected.values.sort().values, rtol=2e-2, atol=0)
 
@@ -173,6 +179,8 @@ def result(op: str, device: str) -> list[torch.Tensor]:
     if op == "reconstruct":
         values, indices = drawn(5, 7).relu().to(device), torch.arange(35, device=device).view(5, 7)
         return list(reconstruct.reconstruct(values, indices, drawn(37, 40).to(device), drawn(5, 40).to(device)))
+    if op.startswith("update"):
+        return updated({"update_narrow": 40, "update": 600, "update_wide": 1100}[op], device)
     if op.startswith("select"):
         x = drawn(3, 301).to(device)
         return list(topk.select(x, topk.group_maxima(x), 9, 301))
@@ -181,10 +189,24 @@ def result(op: str, device: str) -> list[torch.Tensor]:
     return [t.float() for t in encode.pre_activations(x, weight, drawn(301).to(device))]
 
 
+def updated(d: int, device: str) -> list[torch.Tensor]:
+    """New weights of a few latents, of which one fires on every row."""
+    rows, n, k = 70, 7, 2
+    indices = torch.stack([torch.zeros(rows), torch.arange(rows) % (n - 1) + 1], dim=1).long()
+    sizes = ((n, d), (n,), (n, d))
+    moved = update.Latents(*(update.Parameter(*(drawn(*size).abs().to(device) for _ in range(3))) for size in sizes))
+    values, error, centred = (drawn(rows, width).to(device) for width in (k, d, d + 1))
+    of = update.SparseGradient(
+        order.latent_index(indices.to(device), n), values, values, error, centred[:, :d].contiguous(), 0.1
+    )
+    squares = update.update(moved, of, update.Hyper(torch.tensor([0.1, 1.0, 1.0], device=device)))
+    return [squares, moved.encoder.weight, moved.bias.weight, moved.decoder.weight]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("op", "chosen"), [(op, chosen) for op in OPS for chosen in OPS[op].candidates], ids=str)
 def test_every_candidate_gives_the_same(op: str, chosen: Settings, device: str) -> None:
-    if device == "cpu" and op not in ("product", "reconstruct"):
+    if device == "cpu" and not op.startswith(("product", "reconstruct", "update")):
         pytest.skip("the interpreter knows no warps")
     if op == "bulk_product" and torch.cuda.get_device_capability()[0] not in (9, 10):
         pytest.skip("needs a GPU with bulk tensor copies")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae.activations import TopK
+from sae.graphs import Replay
 from sae.initialise import initialise
 from sae.kernels.decode import decode
 from sae.kernels.sampled import sampled_matmul
@@ -51,12 +52,39 @@ def test_a_resumed_training_goes_on_bit_by_bit() -> None:
         assert torch.equal(second.state_dict()[name], value), name
 
 
-def by_kernels(data: torch.Tensor) -> TrainStep:
+def by_kernels(data: torch.Tensor, graphs: bool = True) -> TrainStep:
     """In float32, with AuxK at work: the path of real trainings."""
     autoencoder = Autoencoder(4096, data.shape[1], TopK(16), normalize=True)
     scale = initialise(autoencoder, data[:4096], torch.Generator().manual_seed(0))
-    config = StepConfig(mse_scale=scale, auxk=64, dead_after_tokens=20_000, ema_decay=0.99)
+    config = StepConfig(mse_scale=scale, auxk=64, dead_after_tokens=20_000, ema_decay=0.99, graphs=graphs)
     return TrainStep(autoencoder.cuda(), config)
+
+
+def test_recorded_steps_have_the_bits_of_steps_launched_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While latents die and the batches change in size, more often than graphs are kept."""
+    replayed: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replayed.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    data = torch.randn(60 * 1024, 160, generator=torch.Generator().manual_seed(5))
+    sizes = [1024] * 40 + [size for size in range(100, 100 + 2 * Replay.KEPT) for _ in range(6)] + [1024] * 6
+    found = []
+    for graphs in (True, False):
+        train = by_kernels(data, graphs)
+        starts = torch.tensor([0, *sizes]).cumsum(0) % (len(data) - 1024)
+        batches = (data[start : start + size].cuda() for start, size in zip(starts.tolist(), sizes, strict=False))
+        metrics = [train.step(batch, 3e-4) for batch in batches]
+        found.append({name: value.clone() for name, value in train.state_dict().items()})
+        found[-1].update({name: torch.stack([m[name] for m in metrics]) for name in metrics[0]})
+    assert len(replayed) > len(sizes) / 3
+    assert len({id(graph) for graph in replayed}) > Replay.KEPT
+    assert len(found[0]["dead"].unique()) > 4
+    for name, value in found[0].items():
+        assert torch.equal(found[1][name], value), name
 
 
 def test_two_trainings_of_two_hundred_steps_have_the_same_bits() -> None:

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# All that only a GPU can show, stage by stage: bash benchmarks/gpu.sh LOGS STAGE ...
+#   tests      the tests marked gpu of kernels/ and sae/, side by side
+#   jobs       those of subjects and of jobs/ (needs transformer_lens)
+#   memcheck   the kernels' tests under compute-sanitizer; racecheck: the same for races in shared memory
+#   tune       candidates of launch settings; quick, profile: of the training step
+#   converge   benchmarks.convergence on $ACTIVATIONS
+#   measure    the benchmarks whose tables are kept;  live: those of training from tokens (needs transformer_lens)
+# LIMIT (seconds) cuts off each process of a stage. The logs of a stage are LOGS/STAGE*.log.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+logs=$1
+shift
+limit=${LIMIT:-240}
+alone="--noconftest -p tests.conftest" # the fixtures of these folders need Ray, these tests don't
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=${PYTHONPATH:-}:$PWD
+
+pytest() { timeout "$limit" python3 -m pytest -q -m gpu --no-header -p no:cacheprovider --durations=3 "$@"; }
+bench() { timeout "$limit" python3 -m "benchmarks.$@"; }
+sanitizer() {
+    # Without the caching allocator every tensor has bounds of its own; torch's kernels are not the question.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$limit" compute-sanitizer --tool "$1" --error-exitcode 9 \
+        --kernel-regex-exclude kns=native --print-limit 20 python3 -m pytest -m gpu -v --no-header -p no:cacheprovider "${@:2}"
+}
+side_by_side() {
+    local stage=$1 check=$2
+    shift 2
+    for tests in "$@"; do
+        # shellcheck disable=SC2086
+        $check $tests >"$logs/$stage-$(basename "${tests%% *}" .py).log" 2>&1 &
+    done
+    wait
+    tail -n 12 "$logs/$stage"-*.log
+}
+
+for stage in "$@"; do
+    echo "=== $stage, $(date +%T)"
+    case $stage in
+    tests)
+        side_by_side tests pytest tests/kernels/test_fused.py tests/kernels/test_reference_ops.py \
+            tests/kernels/test_edges.py "tests/kernels/test_exact.py tests/kernels/test_tuning.py" \
+            "tests/sae/test_gpu.py tests/sae/test_device_statistics.py tests/sae/test_model.py tests/sae/test_training.py $alone"
+        ;;
+    jobs)
+        side_by_side jobs pytest "tests/sae/test_subject.py $alone" \
+            "tests/jobs/test_prefetch.py tests/jobs/test_activations.py $alone"
+        ;;
+    memcheck | racecheck)
+        side_by_side "$stage" "sanitizer $stage" tests/kernels/test_fused.py tests/kernels/test_reference_ops.py
+        ;;
+    tune) bench tune --rounds 5 --budget 1 ;;
+    quick)
+        bench step --shapes 16384,768,32768,32 --cases zipf dead --only ours gemm --rounds 10 --budget 1
+        bench step --shapes 16384,768,32768,32 --cases zipf dead --only ours gemm --rounds 10 --budget 1 --no-graphs
+        ;;
+    profile) bench step --profile --cases zipf dead ;;
+    converge) bench convergence "$ACTIVATIONS" --batch 2048 --latents 4096 ;;
+    measure)
+        for name in step encode kernels; do bench "$name" --save "$logs" --rounds 10 --budget 1.5; done
+        bench statistics
+        ;;
+    live) bench live --save "$logs" --seconds 2 ;;
+    *) echo "no stage $stage" >&2 && exit 2 ;;
+    esac 2>&1 | tee "$logs/$stage.log"
+done
