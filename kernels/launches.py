@@ -84,13 +84,13 @@ OPS: Mapping[str, Op] = {
         candidates=tuple(_entries(warps, tile) for warps in (1, 2, 4) for tile in (2, 4, 8)),
     ),
     "update": Op(
-        default=_entries(4, 4),
-        shipped={H100: _entries(4, 4), A100: _entries(4, 4)},
-        candidates=tuple(_entries(warps, tile) for warps in (2, 4, 8) for tile in (1, 2, 4, 8)),
+        default=_entries(4, 2),
+        shipped={H100: _entries(4, 2), A100: _entries(4, 2)},
+        candidates=tuple(_entries(warps, tile) for warps in (2, 4, 8) for tile in (1, 2, 4)),
     ),
     "update_wide": Op(
-        default=_entries(16, 4),
-        shipped={H100: _entries(16, 4), A100: _entries(16, 4)},
+        default=_entries(16, 2),
+        shipped={H100: _entries(32, 1), A100: _entries(16, 2)},
         candidates=tuple(_entries(warps, tile) for warps in (8, 16, 32) for tile in (1, 2, 4)),
     ),
 }

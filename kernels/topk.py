@@ -58,7 +58,8 @@ def _topk_triton(x: Tensor, k: int) -> Tensor:
 
 
 def _topk_torch(x: Tensor, k: int) -> Tensor:
-    x = torch.where(x.isnan(), -torch.inf, x)
+    if x.is_floating_point():
+        x = torch.where(x.isnan(), -torch.inf, x)
     # One candidate more than asked for shows whether the k-th value is tied with a loser.
     values, indices = torch.topk(x, min(k + 1, x.shape[1]), dim=1)
     equal = values[:, 1:] == values[:, :-1]

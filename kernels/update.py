@@ -11,6 +11,7 @@ Source: Kingma and Ba 2015, "Adam", algorithm 1; Gao et al. 2024, section 2.1 an
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, cast
@@ -96,7 +97,9 @@ class SparseGradient:
 
     @cached_property
     def sums(self) -> "_Sums":
-        return _sums(self) if use_triton(self.grads, self.error) else _Sums(bias=_bias_torch(self))
+        if use_triton(self.grads, self.error):
+            return _sums(self, _settings(self.error))
+        return _Sums(bias=_bias_torch(self))
 
 
 class Gradients(NamedTuple):
@@ -231,7 +234,7 @@ class _Sums(NamedTuple):
     decoder: Tensor | None = None
 
 
-def _sums(of: SparseGradient) -> _Sums:
+def _sums(of: SparseGradient, settings: Mapping[str, int]) -> _Sums:
     if not all(t.is_contiguous() for t in (of.values, of.grads, of.error, of.centred)):
         raise ValueError("update expects contiguous values, grads, error and centred")
     (rows, k), d = of.values.shape, of.error.shape[1]
@@ -244,7 +247,7 @@ def _sums(of: SparseGradient) -> _Sums:
     if n_chunks:
         _chunks_kernel[(n_chunks,)](
             of.index.latents, of.index.entries, of.values, of.grads, of.error, of.centred,
-            encoder, decoder, chunk_bias, n, d, k, CHUNK=CHUNK, BLOCK=block_of(d), **_settings(of.error),
+            encoder, decoder, chunk_bias, n, d, k, CHUNK=CHUNK, BLOCK=block_of(d), **settings,
         )  # fmt: skip
     _bias_kernel[(n,)](of.index.starts, of.index.entries, of.grads, chunk_bias, bias, CHUNK, 128, num_warps=1)
     return _Sums(bias, encoder, decoder)
@@ -266,7 +269,7 @@ def _launch(
     *,
     project: bool = False,
     first: int = 0,
-    settings: dict[str, int] | None = None,
+    settings: Mapping[str, int] | None = None,
 ) -> Tensor:
     """Gradients from `of`, of as many latents from `first` on, or from grads; projected, and with hyper applied."""
     rows = latents.encoder.weight if latents is not None else cast(Gradients, grads).encoder
@@ -275,7 +278,7 @@ def _launch(
     unused = squares  # a pointer for what a variant does not touch
     dead = of.dead if of is not None else None
     if of is not None:
-        index, sums = of.index, of.sums
+        index, sums = of.index, of.sums if settings is None else _sums(of, settings)
         gather: tuple[Any, ...] = (
             index.starts[first:], index.entries, of.values, of.grads, of.error, of.centred,
             sums.encoder, sums.decoder, sums.bias[first:], of.values.shape[1], of.scale,

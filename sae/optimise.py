@@ -162,7 +162,7 @@ class DeadLatents:
         """
         n = len(self.tokens_since)
         fired = torch.zeros(n + 1, dtype=torch.uint8, device=indices.device)
-        fired[torch.where(values > 0, indices, n).flatten()] = 1
+        fired.scatter_(0, torch.where(values > 0, indices, n).flatten().long(), 1)
         self.update_fired(fired[:n], n_rows, dp)
 
     @torch.no_grad()

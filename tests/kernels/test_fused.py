@@ -292,7 +292,8 @@ def test_update_in_one_pass_and_in_two(
     for other, its_squares in ((given, squares_of_given), (again, squares_in_steps)):
         torch.testing.assert_close(its_squares, found, rtol=1e-5, atol=1e-6)
         for first, second in zip(one, other, strict=True):
-            torch.testing.assert_close(first.weight, second.weight, rtol=1e-6, atol=1e-6)
+            # A gradient that all but cancels is rounded otherwise by each, and Adam divides it by its own size.
+            torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -332,9 +333,9 @@ def test_a_layout_that_the_update_cannot_take_is_refused(device: str) -> None:
         update.update(update.Latents(rows[0], rows[1], turned), of, update.Hyper(torch.ones(3, device=device)))
 
 
-@pytest.mark.gpu
-def test_topk_of_large_integers() -> None:
-    x = torch.tensor([[2**24, 2**24 + 1]], device="cuda")
+@pytest.mark.parametrize("device", DEVICES)
+def test_topk_of_large_integers(device: str) -> None:
+    x = torch.tensor([[2**24, 2**24 + 1]], device=device)
     assert topk.topk(x, 1)[1].tolist() == [[1]]
 
 

@@ -366,6 +366,7 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_the_host_never_waits_for_the_device() -> None:
     ids = torch.randint(0, 40, (300, 4), device="cuda")
     values, x, weight = (torch.randn(*s, device="cuda", requires_grad=True) for s in ((300, 4), (300, 64), (40, 64)))
