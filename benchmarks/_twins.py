@@ -9,7 +9,9 @@ from typing import Any
 
 @contextmanager
 def twins() -> Iterator[None]:
-    """Inside the block every op of `sae.kernels` runs its twin, as if its tensors were none that a kernel takes."""
+    """Inside the block every op of `sae.kernels` runs its twin, as if its tensors were none that a kernel takes, and a
+    training step is made for these.
+    """
     modules = _modules()
     before = [module.use_triton for module in modules]
     try:
@@ -23,7 +25,7 @@ def twins() -> Iterator[None]:
 
 @cache
 def _modules() -> list[Any]:
-    return [m for name, m in sys.modules.items() if name.startswith("sae.kernels.") and hasattr(m, "use_triton")]
+    return [m for name, m in sys.modules.items() if name.startswith("sae.") and hasattr(m, "use_triton")]
 
 
 def _never(*tensors: object) -> bool:
