@@ -45,7 +45,8 @@ class TorchStep:
 
     def decode(self, values: Tensor, indices: Tensor, n: int) -> Tensor:
         """[B, d] of values [B, k] at indices [B, k] of n latents, without pre_bias."""
-        return F.embedding_bag(indices, self.decoder.to(values.dtype), per_sample_weights=values, mode="sum")
+        # In float32: on a GPU torch has no gradient of a bag's weights in bfloat16.
+        return F.embedding_bag(indices, self.decoder, per_sample_weights=values.float(), mode="sum")
 
     def _preprocess(self, x: Tensor) -> Tensor:
         if not self.normalize:

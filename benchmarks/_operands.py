@@ -133,7 +133,10 @@ def topk_case(batches: list[Batch], weights: Weights, k: int) -> tuple[Case, lis
 
 
 def _bags(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
-    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum")
+    dtype = weight.dtype
+    # In float32 where gradients are wanted: on a GPU torch has none of a bag's weights in bfloat16.
+    weight = weight.float() if values.requires_grad else weight
+    return F.embedding_bag(indices, weight, per_sample_weights=values.to(weight.dtype), mode="sum").to(dtype)
 
 
 def _with_gradients(op: Callable[[Tensor, Tensor, Tensor], Tensor], b: Batch, weight: Tensor) -> tuple[Tensor, ...]:

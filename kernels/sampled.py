@@ -44,6 +44,8 @@ def sampled_matmul(grad: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
 
 
 def _sampled_matmul_torch(grad: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
+    if weight.is_cuda and weight.dtype == torch.bfloat16:  # torch's has no such kernel
+        return _sampled_matmul_torch(grad.float(), weight.float(), indices).to(weight.dtype)
     # The gradient of a weighted bag with respect to its weights is exactly this product, and torch
     # computes it as one dot product per entry: 8 times faster than gathering chunks of rows.
     with torch.enable_grad():

@@ -1,6 +1,7 @@
 """Settings of the whole suite: no network, no busy waiting, no deadline on a shared machine."""
 
 import os
+import signal
 
 # Before torch, transformers or ray are imported: they read these once.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +20,9 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import settings
+
+# Ignored where the suite runs in the background of a script; tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("sae", deadline=None, max_examples=50, derandomize="CI" in os.environ)
 settings.load_profile("sae")
