@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from sae.jobs import checkpoints, contexts, progress, runs, views
+from sae.jobs import checkpoints, contexts, decoders, progress, runs, views
 from sae.jobs.lake import Lake, Snapshot, connect, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import IncompleteError
@@ -28,8 +28,9 @@ def run(config: Run) -> None:
     merged_from = sorted(file.sha256 for file in snapshot.select("moments", autoencoder=name))
     if snapshot.properties.get(f"aggregate/{name}") == merged_from:
         progress.say(f"aggregate: atoms of {name} are up to date")
-        return
-    merge(lake, snapshot, name, merged_from)
+    else:
+        merge(lake, snapshot, name, merged_from)
+    decoders.refresh(lake, name)
     write_views(lake)
 
 

@@ -183,9 +183,25 @@ def _save(tensors: dict[str, Tensor], path: str) -> None:
 
 def identity(snapshot: Snapshot, name: str, weights: Weights = "average") -> str:
     """Short hash of the weights that encode with: latents of other weights are other latents."""
-    shards = state_of(snapshot, name)["checkpoints"][-1][_PLACES[weights][0]]
+    return _hash(snapshot, state_of(snapshot, name)["checkpoints"][-1][_PLACES[weights][0]])
+
+
+def _hash(snapshot: Snapshot, shards: Shards) -> str:
     hashes = [snapshot.files[shard["path"]].sha256 for shard in shards]
     return hashes[0][:12] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
+
+
+Place = tuple[Shards, str]
+"""Where weights are: files, and what the names of the tensors begin with."""
+
+
+def find(snapshot: Snapshot, name: str, identity: str) -> Place | None:
+    """Where the weights of that hash are, among all checkpoints that are kept; None where they are not."""
+    for checkpoint in reversed(snapshot.properties[f"autoencoder/{name}"]["checkpoints"]):
+        for files, prefix in _PLACES.values():
+            if _hash(snapshot, checkpoint[files]) == identity:
+                return checkpoint[files], prefix
+    return None
 
 
 def check_fit(autoencoder: Autoencoder, subject: "Subject", name: str) -> None:

@@ -111,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sql.add_argument("query", help="SQL, or - to read it from standard input")
     sql.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
     sql.add_argument("--version", type=int, help="lake version; the newest when absent")
+    for key in ("atoms", "contexts"):
+        only = f"show only these {key}, and open only the files that hold them"
+        sql.add_argument(f"--{key}", type=int, nargs=2, metavar=("FIRST", "LAST"), help=only)
     gc = _add(commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake")
     gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS")
     drop = _add(commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import sae
 from sae.jobs import checkpoints, progress, storage, views
-from sae.jobs.lake import Lake, Snapshot, connect
+from sae.jobs.lake import Lake, Snapshot, open_tables
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, IncompleteError
 from sae.schemas.viewer import SIGN_CONVENTION, AtomFile, Manifest, Sequence
@@ -44,7 +44,7 @@ def run(config: Run) -> None:
         progress.say(f"export: bins are {manifest.bin_width} wide; the reference viewer draws {_VIEWER_BIN_WIDTH}")
     _remove_others(folder, numbers)
     with progress.bar("export", len(numbers), "atoms") as bar:
-        for atom, file in _atoms(connect(lake.path, snapshot.version), manifest):
+        for atom, file in _atoms(lake, snapshot, manifest):
             text = file.model_dump_json(exclude_unset=True)
             storage.write_atomic(storage.join(folder, "atoms", f"{atom}.json"), text.encode())
             bar.advance(1)
@@ -176,12 +176,14 @@ def _write_manifest(folder: str, manifest: Manifest) -> None:
     storage.write_atomic(storage.join(folder, "manifest.json"), text.encode())
 
 
-def _atoms(connection: duckdb.DuckDBPyConnection, manifest: Manifest) -> Iterator[tuple[int, AtomFile]]:
-    vocabulary = {corpus: _vocabulary(connection, corpus) for corpus in manifest.corpora}
+def _atoms(lake: Lake, snapshot: Snapshot, manifest: Manifest) -> Iterator[tuple[int, AtomFile]]:
+    whole = open_tables(lake, snapshot)
+    vocabulary = {corpus: _vocabulary(whole, corpus) for corpus in manifest.corpora}
     first, last = manifest.atoms
     for low in range(first, last + 1, _ATOMS_PER_QUERY):
         high = min(low + _ATOMS_PER_QUERY - 1, last)
         given = {"autoencoder": manifest.autoencoder, "low": low, "high": high, "decimals": manifest.decimals}
+        connection = open_tables(lake, snapshot, atoms=(low, high))
         connection.execute(views.query("export_atoms"), given)
         while row := connection.fetchone():
             yield row[0], _atom_file(row, vocabulary)

@@ -21,7 +21,7 @@ import duckdb
 import pyarrow as pa
 
 from sae.jobs import formats, storage, views
-from sae.schemas.errors import ConflictError, LakeError
+from sae.schemas.errors import ConfigError, ConflictError, LakeError
 
 FORMAT: Final = 1
 _ENTRY_KEYS: Final = frozenset({"version", "unit", "add", "remove", "forget", "set"})
@@ -31,7 +31,7 @@ TENSORBOARD_FOLDER: Final = "tensorboard"
 _DATA_FILE: Final = r"[a-z_]+/(.+/)?[0-9a-f]{16}\.[a-z]+"
 _TEMPORARY: Final = r"(.+/)?\.tmp-[0-9a-f]{32}"
 _OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}")
-Range = tuple[int, int]
+Range = views.Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,17 +351,45 @@ def _data_file(value: dict[str, Any]) -> DataFile:
     return DataFile(**{**value, **ranges})
 
 
-def connect(path: str, version: int | None = None) -> duckdb.DuckDBPyConnection:
+def connect(
+    path: str, version: int | None = None, *, atoms: Range | None = None, contexts: Range | None = None
+) -> duckdb.DuckDBPyConnection:
     """A DuckDB connection with a view for every table of the lake at one version, and the macros of schemas/sql.
 
-    Raises LakeError when a file of that version is missing or truncated.
+    With `atoms` or `contexts`, first and last, the tables that have such a key show only those rows, and files that
+    hold none of them are never opened. Raises LakeError when a file of that version is missing or truncated.
     """
     lake = Lake(path)
-    snapshot = lake.snapshot(version)
-    lake.verified(file for file in snapshot.files.values() if file.table in views.TABLES)
+    return open_tables(lake, lake.snapshot(version), atoms=atoms, contexts=contexts)
+
+
+def open_tables(
+    lake: Lake, snapshot: Snapshot, *, atoms: Range | None = None, contexts: Range | None = None
+) -> duckdb.DuckDBPyConnection:
+    """`connect` for a version that is read already."""
+    bounds = {key: bound for key, bound in (("atom", atoms), ("context_id", contexts)) if bound is not None}
+    for key, (first, last) in bounds.items():
+        if first > last:
+            raise ConfigError(f"{key}: got {first} to {last}; give the first and the last that you want, in this order")
+    tables = (file for file in snapshot.files.values() if file.table in views.TABLES)
+    _check_readable(lake, snapshot, [file for file in tables if views.may_show(file, bounds)])
     connection = duckdb.connect()
-    connection.execute(views.statements(lake.path, snapshot.files.values(), snapshot.properties))
+    connection.execute(views.statements(lake.path, snapshot.files.values(), snapshot.properties, bounds))
     return connection
+
+
+def _check_readable(lake: Lake, snapshot: Snapshot, files: list[DataFile]) -> None:
+    try:
+        lake.verified(files)
+    except LakeError:
+        used = lake.snapshot().files
+        gone = [file.path for file in files if file.path not in used and not storage.exists(lake.absolute(file))]
+        if not gone:
+            raise
+        raise LakeError(
+            f"{lake.path}: version {snapshot.version} can no longer be read, {len(gone)} of its files were deleted by "
+            f"sae gc ({gone[0]}); ask for a newer version, the newest is {lake.snapshot().version}"
+        ) from None
 
 
 def write_views(lake: Lake) -> None:

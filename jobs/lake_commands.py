@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -20,10 +21,13 @@ from sae.schemas.errors import ConfigError, LakeError
 
 _BATCH_ROWS: Final = 10_000
 _UNLIMITED_WIDTH: Final = 1_000_000
+# What CREATE makes is in memory. MULTI is PIVOT.
+_READS: Final = frozenset({"SELECT", "MULTI", "SET", "CREATE"})
+_EXPLAIN: Final = re.compile(r"^\s*explain(\s+analyze)?(\s*\([^)]*\))?\s", re.IGNORECASE)
 # Of an autoencoder's files, those that remain when only its latents are dropped.
 _OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics"})
 # Kinds of properties and units, KIND/NAME..., that go with them.
-_OF_LATENTS: Final = ("encode", "aggregate")
+_OF_LATENTS: Final = ("encode", "aggregate", "decoders")
 _OF_AUTOENCODER: Final = (*_OF_LATENTS, "evaluate", "autoencoder")
 
 Rows = list[dict[str, Any]]
@@ -166,16 +170,35 @@ def _cell(value: object) -> str:
 
 
 def sql(given: Namespace) -> None:
-    """Prints a query's answer on standard output; raises LakeError where the query fails."""
+    """Prints a query's answer on standard output; raises LakeError where the query fails.
+
+    Raises ConfigError, before anything is run, where a statement could write a file.
+    """
     query = sys.stdin.read() if given.query == "-" else given.query
-    connection = connect(given.lake, given.version)
+    connection = connect(given.lake, given.version, atoms=given.atoms, contexts=given.contexts)
+    # Some settings name files that DuckDB writes.
+    connection.execute("set lock_configuration = true")
     try:
+        _check_only_reads(connection, query)
         answer = connection.sql(query)
         if answer is None:
             raise ConfigError("sql: the text asks for nothing; give for example: select count(*) from latents")
         _WRITERS[given.format](connection, answer)
     except duckdb.Error as error:
         raise LakeError(f"sql: {_one_line(str(error))}") from None
+
+
+def _check_only_reads(connection: Connection, query: str) -> None:
+    for statement in connection.extract_statements(query):
+        # `explain analyze` does what it explains.
+        explained = _EXPLAIN.sub("", statement.query, count=1)
+        if statement.type.name == "EXPLAIN" and explained != statement.query:
+            _check_only_reads(connection, explained)
+        elif statement.type.name not in _READS:
+            raise ConfigError(
+                f"sql: {statement.type.name} is not for asking; give select, and to have the answer in a file: "
+                "sae sql ... --format parquet > answer.parquet"
+            )
 
 
 def _one_line(message: str) -> str:

@@ -20,9 +20,16 @@ _PER_FILE: Final[dict[str, tuple[str, ...]]] = {
     "samples": ("autoencoder", "corpus"),
     "atoms": ("autoencoder",),
     "examples": ("autoencoder",),
+    "decoders": ("autoencoder",),
     "metrics": ("autoencoder", "corpus"),
 }
 TABLES: Final = frozenset(_PER_FILE)
+
+Range = tuple[int, int]
+Bounds = Mapping[str, Range]
+"""Of the rows that are shown, first and last value of a key: atom or context_id."""
+# Which attribute of a file says what values of the key are in it.
+_RANGES: Final = {"atom": "atoms", "context_id": "contexts"}
 
 _RUNS: Final = {
     "autoencoder": "VARCHAR",
@@ -72,7 +79,9 @@ class File(Protocol):
     @property
     def tokens(self) -> int: ...
     @property
-    def contexts(self) -> tuple[int, int] | None: ...
+    def atoms(self) -> Range | None: ...
+    @property
+    def contexts(self) -> Range | None: ...
 
 
 def query(name: str) -> str:
@@ -80,13 +89,24 @@ def query(name: str) -> str:
     return resources.files("sae.schemas").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
 
 
-def statements(root: str, files: Iterable[File], properties: Mapping[str, Any]) -> str:
-    """CREATE statements for all views and macros of a lake version at `root`."""
+def may_show(file: File, bounds: Bounds) -> bool:
+    """Whether any row of a table's file can lie within the bounds, as the manifest has it."""
+    ranges = ((getattr(file, _RANGES[key]), bounds[key]) for key in _keys(file.table, bounds))
+    return all(held is None or (held[0] <= high and low <= held[1]) for held, (low, high) in ranges)
+
+
+def _keys(table: str, bounds: Bounds) -> list[str]:
+    """The bounded keys that the table has."""
+    return [key for key in bounds if key in SCHEMAS[table].names]
+
+
+def statements(root: str, files: Iterable[File], properties: Mapping[str, Any], bounds: Bounds | None = None) -> str:
+    """CREATE statements for all views and macros of a lake version at `root`, of rows within the bounds."""
     by_table: dict[str, list[File]] = {table: [] for table in _PER_FILE}
     for file in files:
         if file.table in by_table:
             by_table[file.table].append(file)
-    views = [_table_view(root, table, by_table[table]) for table in _PER_FILE]
+    views = [_table_view(root, table, by_table[table], bounds or {}) for table in _PER_FILE]
     views.append(_values_view("runs", _RUNS, _runs(by_table["moments"])))
     views.append(_values_view("autoencoders", _AUTOENCODERS, _autoencoders(properties)))
     views.append(_values_view("corpora", _CORPORA, _properties(properties, "corpus")))
@@ -102,13 +122,16 @@ def _macros() -> list[str]:
     ]
 
 
-def _table_view(root: str, table: str, files: list[File]) -> str:
+def _table_view(root: str, table: str, files: list[File], bounds: Bounds) -> str:
     groups: dict[tuple[str | None, ...], list[str]] = {}
-    for file in files:
+    # DuckDB opens every file that a view names, be it only to see from its footer that it is not needed.
+    for file in (file for file in files if may_show(file, bounds)):
         key = tuple(getattr(file, column) for column in _PER_FILE[table])
         groups.setdefault(key, []).append(f"{root}/{file.path}")
+    within = " and ".join(f"{key} between {bounds[key][0]} and {bounds[key][1]}" for key in _keys(table, bounds))
+    where = f" where {within}" if within else ""
     branches = [
-        f"select {_constants(table, key)}, * from read_parquet([{', '.join(map(quote, sorted(paths)))}])"
+        f"select {_constants(table, key)}, * from read_parquet([{', '.join(map(quote, sorted(paths)))}]){where}"
         for key, paths in sorted(groups.items(), key=lambda item: str(item[0]))
     ]
     body = "\nunion all ".join(branches) if branches else _empty(table)

@@ -137,6 +137,13 @@ EXAMPLES = _table(
     ("act", pa.float32()),
 )
 
+DECODERS = _table(
+    "one row per atom; direction is its decoder row, unit norm, of the weights that it is encoded with",
+    "atom",
+    ("atom", pa.int32()),
+    ("direction", pa.list_(pa.field("item", pa.float32(), nullable=False))),
+)
+
 METRICS = _table(
     "one row per (autoencoder, corpus, phase, step, metric); phase is train, validation or "
     "evaluate, or machine where the value depends on what it was trained on",
@@ -161,5 +168,6 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "samples": SAMPLES,
     "atoms": ATOMS,
     "examples": EXAMPLES,
+    "decoders": DECODERS,
     "metrics": METRICS,
 }

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 
-from sae.jobs import aggregate, runs
-from sae.jobs.lake import Lake, Transaction, write_views
+from sae.activations import TopK
+from sae.jobs import aggregate, checkpoints, runs
+from sae.jobs.lake import Lake, write_views
+from sae.model import Autoencoder
 from sae.schemas.config import Run
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun, round_act
 
 NAME, CORPUS = "small", "texts"
-N_LATENTS, DEAD, EXAMPLES, BIN_WIDTH = 8, 5, 4, 0.2
+N_LATENTS, D_MODEL, DEAD, EXAMPLES, BIN_WIDTH = 8, 4, 5, 4, 0.2
 CONTEXT_LENGTH, CONTEXTS_PER_RUN = 8, 8
 # Strings that break naive JSON, HTML or SQL, and words.
 TOKENS = [
@@ -89,7 +92,7 @@ def small_lake(folder: Path, n_contexts: int = 20, seed: int = 0, name: str = NA
     small = Small(small_config(folder, name), contexts, acts)
     lake = Lake(str(folder), create=True)
     _tokenize(lake, small)
-    _train(lake, small.config)
+    train(lake, small.config)
     for run in range(-(-n_contexts // CONTEXTS_PER_RUN)):
         encode(small, run)
     aggregate.run(small.config)
@@ -119,7 +122,8 @@ def encode(small: Small, run: int) -> None:
             data = pa.table({key: rows[key] for key in SCHEMAS[table].names}).cast(SCHEMAS[table])
             transaction.write(table, data, corpus=CORPUS, autoencoder=name, run=run, tokens=tokens)
         fixed = {"run_tokens": small.config.encode.run_tokens, "bin_width": BIN_WIDTH, "examples": EXAMPLES}
-        transaction.set(f"encode/{name}", {"checkpoint": "c0ffee", "seed": 0, **fixed})
+        checkpoint = checkpoints.identity(transaction.base, name)
+        transaction.set(f"encode/{name}", {"checkpoint": checkpoint, "seed": 0, **fixed})
 
 
 def _tokenize(lake: Lake, small: Small) -> None:
@@ -143,28 +147,32 @@ def _tokenize(lake: Lake, small: Small) -> None:
         transaction.set(f"corpus/{CORPUS}", state)
 
 
-def _train(lake: Lake, config: Run) -> None:
+def train(lake: Lake, config: Run, seed: int = 0) -> Autoencoder:
+    """Commits an autoencoder whose weights are drawn."""
     name = config.autoencoder.name
+    torch.manual_seed(seed)
+    autoencoder = Autoencoder(N_LATENTS, D_MODEL, TopK(3))
+    everything = [range(N_LATENTS)]
+    tensors = {key: value for key, value in autoencoder.state_dict().items() if isinstance(value, torch.Tensor)}
+    of_state = {f"autoencoder.{key}": tensor for key, tensor in tensors.items()}
     with lake.transaction("train") as transaction:
-        files = {kind: _weights(transaction, kind, name) for kind in ("checkpoints", "training_states")}
+        files = {
+            "model": [checkpoints.write_tensors(transaction, "checkpoints", name, tensors, everything)],
+            "state": [checkpoints.write_tensors(transaction, "training_states", name, of_state, everything)],
+        }
         state = {
             "model": config.subject.model,
             "hook": config.subject.hook,
             "masked_positions": [0],
             "corpus": CORPUS,
-            "d_model": 4,
+            "config": autoencoder.config(),
+            "d_model": D_MODEL,
             "n_latents": N_LATENTS,
             "k": 3,
             "step": 1,
             "tokens": 64,
             "complete": True,
-            "checkpoints": [{"model": files["checkpoints"], "state": files["training_states"]}],
+            "checkpoints": [files],
         }
         transaction.set(f"autoencoder/{name}", state)
-
-
-def _weights(transaction: Transaction, kind: str, name: str) -> str:
-    def write(path: str) -> None:
-        Path(path).write_bytes(f"{kind} of {name}".encode())
-
-    return transaction.write_with(kind, "safetensors", write, autoencoder=name).path
+    return autoencoder

@@ -8,15 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from sae.jobs import aggregate, cli, lake_commands
 from sae.jobs.lake import connect
 from sae.schemas.errors import ConfigError, LakeError
-from tests.lakes import CORPUS, N_LATENTS, NAME, Small, encode, small_config, small_lake
+from sae.schemas.tables import SCHEMAS
+from tests.lakes import CORPUS, N_LATENTS, NAME, Small, encode, small_config, small_lake, train
+from tests.tiny_run import sae
 
-LATENT_TABLES = {"latents", "moments", "histograms", "top", "samples", "atoms", "examples"}
+LATENT_TABLES = {"latents", "moments", "histograms", "top", "samples", "atoms", "examples", "decoders"}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +36,16 @@ def small(pristine: Small, tmp_path: Path) -> Small:
 def ask(small: Small, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Asks a query, returns what is printed."""
 
-    def asked(query: str, format_: str = "csv", version: int | None = None) -> str:
-        lake_commands.sql(Namespace(lake=small.config.lake, query=query, format=format_, version=version))
+    def asked(query: str, format_: str = "csv", **given: Any) -> str:
+        sql(small, query, format_, **given)
         return capsys.readouterr().out
 
     return asked
+
+
+def sql(small: Small, query: str, format_: str = "csv", **given: Any) -> None:
+    given = {"version": None, "atoms": None, "contexts": None, **given}
+    lake_commands.sql(Namespace(lake=small.config.lake, query=query, format=format_, **given))
 
 
 def status(small: Small, verify: bool = False) -> None:
@@ -128,7 +136,7 @@ def test_json_goes_on_over_many_batches(ask: Callable[..., str]) -> None:
 
 def test_parquet_is_a_file_on_standard_output(small: Small, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     query = "select context_id, sum(act) as total from latents group by context_id order by context_id"
-    lake_commands.sql(Namespace(lake=small.config.lake, query=query, format="parquet", version=None))
+    sql(small, query, "parquet")
     table = pq.read_table(io.BytesIO(capfdbinary.readouterr().out))
     assert table.to_pylist() == connect(small.config.lake).sql(query).to_arrow_table().to_pylist()
 
@@ -179,9 +187,135 @@ def test_the_command_line_ends_with_1_on_a_faulty_query(small: Small, capsys: py
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "copy (select 1) to '{lake}/latents/x.parquet' (format parquet)",
+        "copy (select 1 as a) to '{file}' (format parquet)",
+        "select 1; copy (select 1) to '{file}'",
+        "explain analyze copy (select 1) to '{file}'",
+        "/* */ explain (analyze, format json) copy (select 1) to '{file}'",
+        "EXPLAIN\nANALYZE COPY (select 1) TO '{file}'",
+        "export database '{lake}/latents'",
+        "attach '{lake}/latents/x.db' as x; create table x.t as select 1; select 1",
+        "set profiling_output = '{file}'; pragma enable_profiling = 'json'; select 1",
+        "pragma profiling_output = '{file}'; select 1",
+        "set lock_configuration = false; set profiling_output = '{file}'; select 1",
+    ],
+)
+def test_no_query_writes_into_the_lake(small: Small, query: str) -> None:
+    lake = Path(small.config.lake)
+    before = {path: path.read_bytes() for path in lake.rglob("*") if path.is_file()}
+    result = sae(
+        "sql", lake, query.format(lake=lake, file=small.lake.absolute(small.lake.snapshot().select("atoms")[0]))
+    )
+    assert result.code == 1
+    assert result.stdout == ""
+    assert len(result.lines) == 1
+    assert result.lines[0].startswith("error: sql: ")
+    assert {path: path.read_bytes() for path in lake.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "explain select count(*) from latents",
+        "explain analyze select count(*) from latents",
+        "EXPLAIN (FORMAT json) from atoms",
+        "set variable wanted = 3; select * from atoms where atom = getvariable('wanted')",
+        "create macro twice(x) as 2 * x; select twice(atom) from atoms",
+        "pivot (from latents) on pos using count(*) group by atom",
+        "describe latents",
+        "show tables",
+        "summarize atoms",
+    ],
+)
+def test_whatever_only_reads_is_answered(ask: Callable[..., str], query: str) -> None:
+    assert ask(query)
+
+
+def test_only_the_atoms_and_contexts_that_are_asked_for_are_shown(ask: Callable[..., str], small: Small) -> None:
+    rows = "select atom, context_id, pos from latents order by all"
+    given = {"atoms": (2, 4), "contexts": (3, 9)}
+    context, pos, atom = np.nonzero(small.acts)
+    expected = sorted((a, c, p) for a, c, p in zip(atom, context, pos, strict=True) if 2 <= a <= 4 and 3 <= c <= 9)
+    assert ask(rows, **given) == "atom,context_id,pos\n" + "".join(f"{a},{c},{p}\n" for a, c, p in expected)
+    assert ask("select atom from atoms order by atom", **given) == "atom\n2\n3\n4\n"
+    assert ask("select count(*) as n from contexts", **given) == "n\n7\n"
+    # What has neither key is whole, the runs and their tokens too.
+    assert ask("select count(*) as n, (select sum(n_tokens) from runs) as tokens from documents", **given) == (
+        f"n,tokens\n20,{small.n_tokens}\n"
+    )
+
+
+def test_atoms_and_contexts_are_given_on_the_command_line(small: Small) -> None:
+    query = "select distinct atom, context_id from latents order by all"
+    result = sae("sql", small.config.lake, query, "--format", "csv", "--atoms", "4", "4", "--contexts", "0", "7")
+    contexts = np.flatnonzero(small.acts[:8, :, 4].any(axis=1))
+    assert result.stdout.splitlines()[1:] == [f"4,{context}" for context in contexts]
+    wrong = sae("sql", small.config.lake, query, "--atoms", "5", "3")
+    assert (wrong.code, wrong.lines) == (
+        1, ["error: atom: got 5 to 3; give the first and the last that you want, in this order"],
+    )  # fmt: skip
+
+
+def test_files_that_hold_none_of_the_atoms_are_not_opened(small: Small, ask: Callable[..., str]) -> None:
+    rows = connect(small.config.lake).sql("select atom, context_id, pos, act from latents order by all")
+    table = rows.to_arrow_table().cast(SCHEMAS["latents"])
+    with small.lake.transaction("split") as transaction:
+        transaction.remove(small.lake.snapshot().select("latents"))
+        atoms = table["atom"].to_numpy()
+        files = [transaction.write("latents", table.filter(atoms == a), autoencoder=NAME) for a in np.unique(atoms)]
+    for file in files[1:]:
+        Path(small.lake.absolute(file)).write_bytes(b"damaged")
+    first, last = files[0].atoms or (0, 0)
+    n = int((small.acts[:, :, first : last + 1] > 0).sum())
+    assert ask("select count(*) as n from latents", atoms=(first, last)) == f"n\n{n}\n"
+    with pytest.raises(LakeError, match="has 7 bytes"):
+        ask("select count(*) from latents", atoms=(first, N_LATENTS))
+
+
+def test_a_version_tells_what_was_answered_then(small: Small, ask: Callable[..., str]) -> None:
+    queries = [
+        "select * from atoms order by atom",
+        "select atom, context_id, pos, act from latents order by all",
+        "select * from runs order by all",
+        f"from atom_histogram('{NAME}', 3)",
+        f"from atom_examples('{NAME}', 3, 'top')",
+        "select * from autoencoders",
+    ]
+    then = [ask(query) for query in queries]
+    version = small.lake.snapshot().version
+    drop(small, latents=NAME)
+    assert ask("select * from latents").count("\n") == 1
+    assert [ask(query, version=version) for query in queries] == then
+    assert ask("select count(*) as n from latents", version=0) == "n\n0\n"
+
+
+@pytest.mark.parametrize("version", ["-1", "99"])
+def test_a_version_that_never_was_is_one_line(small: Small, version: str) -> None:
+    result = sae("sql", small.config.lake, "select 1", "--version", version)
+    newest = small.lake.snapshot().version
+    message = f"error: {small.config.lake}: no version {version}; versions go from 0 to {newest}"
+    assert (result.code, result.stdout, result.lines) == (1, "", [message])
+
+
+def test_a_version_whose_files_were_collected_is_one_line(small: Small) -> None:
+    version = small.lake.snapshot().version
+    drop(small, latents=NAME)
+    collect(small)
+    result = sae("sql", small.config.lake, "select count(*) from latents", "--version", str(version))
+    assert result.code == 1
+    (line,) = result.lines
+    assert f"version {version} can no longer be read" in line
+    assert f"deleted by sae gc (latents/{NAME}/" in line
+    assert line.endswith(f"ask for a newer version, the newest is {version + 1}")
+
+
 @pytest.mark.parametrize("command", ["status", "sql", "gc", "drop"])
 def test_a_folder_without_a_lake_is_refused(tmp_path: Path, command: str) -> None:
     given: dict[str, Any] = {"query": "select 1", "format": "csv", "version": None, "older_than": 0.0}
+    given |= {"atoms": None, "contexts": None}
     given |= {"verify": False, "latents": NAME, "autoencoder": None, "lake": str(tmp_path)}
     with pytest.raises(LakeError, match="no lake here"):
         getattr(lake_commands, command)(Namespace(**given))
@@ -216,6 +350,7 @@ def test_a_dropped_autoencoder_leaves_the_corpus_only(small: Small) -> None:
 
 def test_dropping_one_autoencoder_leaves_another_whose_name_begins_alike(small: Small) -> None:
     other = Small(small_config(Path(small.config.lake), NAME + "er"), small.contexts, small.acts)
+    train(small.lake, other.config)
     encode(other, 0)
     drop(small, latents=NAME)
     snapshot = small.lake.snapshot()

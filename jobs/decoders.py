@@ -1,0 +1,57 @@
+"""The table `decoders`: every atom's direction as a row, so that SQL can compare atoms by cosine.
+
+It is made beside `atoms`, not with each checkpoint: a training commits many, and encodes with one.
+"""
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from sae.jobs import checkpoints, progress
+from sae.jobs.lake import Lake, Snapshot
+from sae.schemas.tables import DECODERS
+
+_FILE_BYTES: Final = 256 << 20
+_GROUP_BYTES: Final = 16 << 20
+
+
+def refresh(lake: Lake, name: str) -> None:
+    """Writes the directions of the weights that the autoencoder's latents are encoded with, unless they are there.
+
+    Where training went on since and those weights are no longer kept, it says so and changes nothing.
+    """
+    snapshot = lake.snapshot()
+    encoded_with = snapshot.properties[f"encode/{name}"]["checkpoint"]
+    if snapshot.properties.get(f"decoders/{name}") == encoded_with:
+        return
+    place = checkpoints.find(snapshot, name, encoded_with)
+    if place is None:
+        progress.say(f"aggregate: no decoders of {name}, the weights that encoded it ({encoded_with}) are not kept")
+        return
+    state = snapshot.properties[f"autoencoder/{name}"]
+    atoms_per_file = max(1, _FILE_BYTES // (4 * state["d_model"]))
+    with lake.transaction("decoders") as transaction:
+        transaction.remove(snapshot.select("decoders", autoencoder=name))
+        for start in range(0, state["n_latents"], atoms_per_file):
+            atoms = range(start, min(start + atoms_per_file, state["n_latents"]))
+            rows = _rows(lake, snapshot, place, state["config"]["tied"], atoms)
+            transaction.write("decoders", rows, autoencoder=name)
+        transaction.set(f"decoders/{name}", encoded_with)
+
+
+def _rows(lake: Lake, snapshot: Snapshot, place: checkpoints.Place, tied: bool, atoms: range) -> Iterator[pa.Table]:
+    """Batches of a row group each."""
+    (shards, prefix), owner = place, "encoder." if tied else "decoder."
+    weight = checkpoints.read(lake, snapshot, shards, [atoms], prefix + owner)["weight"]
+    # An encoder is [n, d], a decoder [d, n].
+    directions = torch.nn.functional.normalize((weight if tied else weight.T).float(), dim=1)
+    for part in directions.split(max(1, _GROUP_BYTES // (4 * directions.shape[1]))):
+        n, width = part.shape
+        offsets = pa.array(np.arange(0, n * width + 1, width, dtype=np.int32))
+        rows = pa.ListArray.from_arrays(offsets, pa.array(part.contiguous().numpy().reshape(-1)))
+        numbers = pa.array(np.arange(atoms.start, atoms.start + n, dtype=np.int32))
+        yield pa.table([numbers, rows.cast(DECODERS.field("direction").type)], schema=DECODERS)
+        atoms = atoms[n:]
