@@ -1,10 +1,17 @@
-"""The SQL files on tables made by hand."""
+"""The SQL files on tables made by hand, and the views on the files of a small lake."""
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sae.jobs import views
+from sae.jobs.lake import connect
+from sae.schemas.errors import ConfigError
 from sae.schemas.tables import SCHEMAS
+from tests.lakes import CONTEXTS_PER_RUN, N_LATENTS, NAME, Small, small_lake
 
 WORDS = ["Once", " upon", " time", " there", " lived"]
 
@@ -40,3 +47,40 @@ def test_interesting_atoms_shows_peaks_at_the_start_of_a_context() -> None:
         (0, "[Once] upon time there lived"),
         (1, "Once[upon] time there lived"),
     ]
+
+
+RANGES = st.none() | st.tuples(st.integers(-1, 9), st.integers(-1, 22)).map(lambda pair: (min(pair), max(pair)))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    """With the latents of each atom in files of their own, beside the runs that hold all."""
+    small = small_lake(tmp_path_factory.mktemp("views") / "lake")
+    rows = connect(small.config.lake).sql("select atom, context_id, pos, act from latents").to_arrow_table()
+    with small.lake.transaction("split") as transaction:
+        transaction.remove(small.lake.snapshot().select("latents")[:2])
+        for atom in range(N_LATENTS):
+            chosen = (pc.field("atom") == atom) & (pc.field("context_id") < 2 * CONTEXTS_PER_RUN)
+            transaction.write("latents", rows.filter(chosen), autoencoder=NAME)
+    return small
+
+
+@given(atoms=RANGES, contexts=RANGES)
+def test_a_limited_connection_shows_the_rows_of_the_whole_that_are_within(
+    small: Small, atoms: views.Range | None, contexts: views.Range | None
+) -> None:
+    whole, limited = connect(small.config.lake), connect(small.config.lake, atoms=atoms, contexts=contexts)
+    bounds = {key: bound for key, bound in (("atom", atoms), ("context_id", contexts)) if bound is not None}
+    for table in views.TABLES:
+        keys = [key for key in bounds if key in SCHEMAS[table].names]
+        within = "".join(f" and {key} between {bounds[key][0]} and {bounds[key][1]}" for key in keys)
+        query = f"select * from {table} where true{within} order by all"
+        assert limited.sql(f"select * from {table} order by all").fetchall() == whole.sql(query).fetchall()
+
+
+@pytest.mark.parametrize(("atoms", "contexts"), [((3, 2), None), (None, (1, 0))])
+def test_a_range_that_ends_before_it_begins_is_refused(
+    small: Small, atoms: views.Range | None, contexts: views.Range | None
+) -> None:
+    with pytest.raises(ConfigError, match="give the first and the last that you want, in this order"):
+        connect(small.config.lake, atoms=atoms, contexts=contexts)
