@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.devices import Check, no_check, send
 from sae.jobs import formats
 from sae.jobs.contexts import Contexts
-from sae.jobs.lake import Lake
+from sae.jobs.lake import DataFile, Lake
 from sae.schemas.errors import IncompleteError
 from sae.subject import Subject
 
@@ -67,7 +67,7 @@ class Cached:
         self._contexts = contexts
         self._kept = contexts.kept_tokens(subject.masked_positions)
         files = lake.snapshot().select("activations", corpus=corpus, subject=subject.fingerprint[:12])
-        mapped = (formats.map_vectors(path) for path in lake.verified(files))
+        mapped = (_mapped(lake, file) for file in files)
         self._files = [(ids, vectors) for ids, vectors in mapped if len(ids)]
         if sum(len(context_id) for context_id, _ in self._files) != self._kept.sum():
             raise IncompleteError(
@@ -95,6 +95,11 @@ class Cached:
         start = np.searchsorted(ids, context_id)
         found: Array = vectors[start : start + self._kept[row]]
         return found
+
+
+def _mapped(lake: Lake, file: DataFile) -> tuple[Array, Array]:
+    with lake.local(file) as path:
+        return formats.map_vectors(path)
 
 
 def kept_activations(subject: Subject, contexts: Contexts, rows: Array) -> tuple[Tensor, tuple[Array, Array]]:

@@ -130,9 +130,9 @@ def _tensor(name: str, opened: list[Opened], anywhere: Any, shards: Shards, want
 
 
 def _opened(lake: Lake, file: DataFile, files: ExitStack) -> Opened:
-    (path,) = lake.verified([file])
+    path, local = lake.absolute(file), files.enter_context(lake.local(file))
     with _blamed(path):
-        return path, files.enter_context(safe_open(path, framework="pt"))
+        return path, files.enter_context(safe_open(local, framework="pt"))
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def _guarded(command: Callable[[], Any]) -> int:
         return 1
     except _foreign_errors() as error:
         reason = " ".join(str(error).split())[-400:]
-        say(f"error: {type(error).__name__}: {reason}; if the lake's files are damaged, sae status --verify names them")
+        say(f"error: {type(error).__name__}: {reason}; if the lake's files are damaged, sae verify names them")
         return 1
     except KeyboardInterrupt:
         say("interrupted; nothing that was committed is lost, run the same command to go on")
@@ -105,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--address", metavar="URL", help="the job API; http://127.0.0.1:8265 when absent")
     demo = commands.add_parser("demo", help="a small run from real text to answers, in ./demo")
     demo.set_defaults(command=lambda _: importlib.import_module("sae.jobs.demo").main(run_step))
-    status = _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
-    status.add_argument("--verify", action="store_true", help="read every file and compare it with the log's sha256")
+    _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
+    _add(commands, "verify", "read every file and compare it with its checksum", _lake_command("verify"), "lake")
     sql = _add(commands, "sql", "a query over a lake's tables", _lake_command("sql"), "lake")
     sql.add_argument("query", help="SQL, or - to read it from standard input")
     sql.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")

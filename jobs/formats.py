@@ -1,7 +1,7 @@
 """How each table is laid out on disk, and how its files are written and read: Parquet, and Arrow IPC for vectors."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sae.jobs import storage
 from sae.schemas.errors import LakeError
 from sae.schemas.tables import SCHEMAS, activations
 
@@ -38,9 +39,14 @@ def write(table: str, batches: Iterable[pa.Table], path: str) -> int:
 def read(path: str, columns: list[str] | None = None, filters: Any = None) -> pa.Table:
     """The rows of one file; raises LakeError where it is damaged."""
     try:
-        return pq.read_table(path, columns=columns, filters=filters, partitioning=None)
+        return pq.read_table(_source(path), columns=columns, filters=filters, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
         raise LakeError(f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy") from None
+
+
+def _source(path: str) -> str | BinaryIO:
+    """What Arrow reads: of an object only the parts that it needs."""
+    return path if storage.is_local(path) else storage.open_object(path)
 
 
 def column_range(table: pa.Table, column: str) -> tuple[int, int] | None:

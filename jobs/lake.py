@@ -7,12 +7,12 @@ A unit of work (`encode/demo/sotu/3`) can be committed once, so that a retried t
 
 import dataclasses
 import itertools
-import json
+import posixpath
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -21,82 +21,22 @@ import duckdb
 import pyarrow as pa
 
 from sae.jobs import formats, storage, views
-from sae.schemas.errors import ConfigError, ConflictError, LakeError
+from sae.jobs.lake_files import LakeFiles
+from sae.jobs.log import CHECKPOINT_EVERY, FORMAT, Log, sealed
+from sae.jobs.snapshots import DataFile, Snapshot
+from sae.jobs.views import Range
+from sae.schemas.errors import ConfigError, ConflictError, LakeError, StorageError
 
-FORMAT: Final = 1
-_ENTRY_KEYS: Final = frozenset({"version", "unit", "add", "remove", "forget", "set"})
+__all__ = ["DataFile", "Lake", "Range", "Snapshot", "Transaction", "connect", "open_tables", "write_views"]
+
 VIEWS_FILE: Final = "views.sql"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 # Names that only a lake gives to files: it never deletes others, for somebody may keep theirs in its folder.
 _DATA_FILE: Final = r"[a-z_]+/(.+/)?[0-9a-f]{16}\.[a-z]+"
 _TEMPORARY: Final = r"(.+/)?\.tmp-[0-9a-f]{32}"
-_OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}")
-Range = views.Range
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """One immutable file. Ranges are inclusive; `tokens` counts the tokens that its rows speak of."""
-
-    path: str
-    table: str
-    rows: int
-    bytes: int
-    sha256: str
-    corpus: str | None = None
-    autoencoder: str | None = None
-    subject: str | None = None
-    run: int | None = None
-    tokens: int = 0
-    atoms: Range | None = None
-    contexts: Range | None = None
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What the lake holds at one version; version -1 is a lake with nothing in it."""
-
-    version: int = -1
-    files: Mapping[str, DataFile] = field(default_factory=dict)
-    properties: Mapping[str, Any] = field(default_factory=dict)
-    units: frozenset[str] = frozenset()
-
-    def select(
-        self,
-        table: str,
-        corpus: str | None = None,
-        autoencoder: str | None = None,
-        subject: str | None = None,
-    ) -> list[DataFile]:
-        """The table's files in order of run and path; None stands for any."""
-        chosen = (
-            file
-            for file in self.files.values()
-            if file.table == table
-            and corpus in (None, file.corpus)
-            and autoencoder in (None, file.autoencoder)
-            and subject in (None, file.subject)
-        )
-        return sorted(chosen, key=lambda file: (-1 if file.run is None else file.run, file.path))
-
-    def apply(self, entries: Iterable[dict[str, Any]]) -> "Snapshot":
-        """The snapshot after further log entries."""
-        version, files, properties, units = (
-            self.version,
-            dict(self.files),
-            dict(self.properties),
-            set(self.units),
-        )
-        for entry in entries:
-            version = entry["version"]
-            for path in entry["remove"]:
-                files.pop(path, None)
-            files.update((value["path"], _data_file(value)) for value in entry["add"])
-            properties.update(entry["set"])
-            units.difference_update(entry["forget"])
-            units.update([entry["unit"]] if entry["unit"] else [])
-        kept = {key: value for key, value in properties.items() if value is not None}
-        return Snapshot(version, files, kept, frozenset(units))
+_CHECKPOINT: Final = re.compile(r"_log/\d{20}\.checkpoint\.json")
+_OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}|{_CHECKPOINT.pattern}")
+_FEW_FILES: Final = 16  # of an object store, up to which asking for each is cheaper than a listing
 
 
 class Lake:
@@ -106,22 +46,25 @@ class Lake:
     """
 
     def __init__(self, path: str, create: bool = False) -> None:
-        storage.require_local(path)
-        self.path = str(Path(path).absolute())
+        self.path = str(Path(path).absolute()) if storage.is_local(path) else path.rstrip("/")
+        self.log = Log(self.path)
         self._latest = Snapshot()
-        if not create and not storage.exists(self._log_path(0)):
+        if not create and storage.read_if_there(self.log.path(0)) is None:
             raise LakeError(
                 f"{path}: no lake here (it has no _log folder with entries); give a lake's folder or run a step first"
             )
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The newest version, or the one asked for."""
-        self._latest = self._latest.apply(self._entries(self._latest.version + 1))
+        if self._latest.version < 0:
+            self._latest = self.log.checkpoint()
+        self._latest = self._latest.apply(self.log.entries(self._latest.version + 1))
         if version is None or version == self._latest.version:
             return self._latest
         if not 0 <= version < self._latest.version:
             raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}")
-        return Snapshot().apply(itertools.islice(self._entries(0), version + 1))
+        before = self.log.checkpoint(version)
+        return before.apply(itertools.islice(self.log.entries(before.version + 1), version - before.version))
 
     def transaction(self, operation: str, unit: str | None = None) -> "Transaction":
         return Transaction(self, operation, unit)
@@ -131,15 +74,31 @@ class Lake:
 
     def verified(self, files: Iterable[DataFile]) -> list[str]:
         """Absolute paths of files whose size is what was committed; raises LakeError on the first that is not."""
-        paths = []
+        paths, files = [], list(files)
+        sizes = self.sizes(files)
         for file in files:
-            path = self.absolute(file)
-            found = storage.size(path) if storage.exists(path) else None
+            path, found = self.absolute(file), sizes.get(file.path)
             if found != file.bytes:
                 state = "is missing" if found is None else f"has {found} bytes"
                 raise LakeError(f"{path}: {state}, the log says {file.bytes}; restore the file from a copy")
             paths.append(path)
         return paths
+
+    def sizes(self, files: Sequence[DataFile]) -> dict[str, int]:
+        """The sizes in bytes that files have on disk, by path; those that are missing are left out."""
+        if storage.is_local(self.path) or len(files) < _FEW_FILES:
+            found = {file.path: storage.size_if_there(self.absolute(file)) for file in files}
+            return {path: size for path, size in found.items() if size is not None}
+        folder = posixpath.commonpath([file.path for file in files])
+        listed = storage.sizes_below(storage.join(self.path, folder))
+        return {posixpath.join(folder, name): size for name, size in listed.items()}
+
+    @contextmanager
+    def local(self, file: DataFile) -> Iterator[str]:
+        """A local path with a file's contents, checked as `verified` does it; see storage.local_copy."""
+        (path,) = self.verified([file])
+        with storage.local_copy(path) as local:
+            yield local
 
     def read(self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         return pa.concat_tables([formats.read(path, columns, filters) for path in self.verified(files)])
@@ -150,47 +109,19 @@ class Lake:
         # Listed first: what is committed between the two is then in use.
         found = storage.list_files(self.path) + storage.list_files(self.path, temporary=True)
         used = self.snapshot().files
+        # A reader that has just read which checkpoint is the last one finds it.
+        spared = sorted(filter(_CHECKPOINT.fullmatch, found))[-2:]
         garbage = [
             path
             for path in found
-            if path not in used and _OWN_FILE.fullmatch(path) and storage.modified(self.absolute(path)) < deadline
+            if path not in used
+            and path not in spared
+            and _OWN_FILE.fullmatch(path)
+            and storage.modified(self.absolute(path)) < deadline
         ]
         for path in garbage:
             storage.remove(self.absolute(path))
         return garbage
-
-    def _log_path(self, version: int | None) -> str:
-        return storage.join(self.path, "_log", *([] if version is None else [f"{version:020d}.json"]))
-
-    def _entries(self, version: int) -> Iterator[dict[str, Any]]:
-        while (entry := self.entry(version)) is not None:
-            yield entry
-            version += 1
-
-    def entry(self, version: int) -> dict[str, Any] | None:
-        """The log entry of a version; None where the log is shorter."""
-        path = self._log_path(version)
-        if not storage.exists(path):
-            return None
-        damaged = LakeError(f"{path}: not a log entry; restore the file from a copy of the lake")
-        try:
-            entry: dict[str, Any] = json.loads(storage.read_bytes(path))
-            format_ = int(entry["format"])
-        except (ValueError, KeyError, TypeError):
-            raise damaged from None
-        if format_ > FORMAT:
-            raise LakeError(
-                f"{self.path}: written by a newer sae (lake format {format_}, this one reads up to {FORMAT}); "
-                "upgrade sae"
-            )
-        if not entry.keys() >= _ENTRY_KEYS or entry["version"] != version:
-            raise damaged
-        return entry
-
-    def link(self, entry: dict[str, Any]) -> bool:
-        """Puts the entry into the log as its version; False when another writer was first."""
-        data = json.dumps(entry, allow_nan=False, sort_keys=True).encode()
-        return storage.put_if_absent(self._log_path(entry["version"]), data)
 
 
 class Transaction:
@@ -222,8 +153,7 @@ class Transaction:
         try:
             self._commit()
         except BaseException:
-            # An interrupt can come after the entry was linked: then the files are the lake's.
-            if not self._is_linked():
+            if not self._may_be_linked():
                 self.discard()
             raise
 
@@ -267,13 +197,8 @@ class Transaction:
         absolute = self.lake.absolute(path)
         with storage.staged(absolute) as local:
             write(local)
-        file = DataFile(
-            path=path,
-            table=table,
-            bytes=storage.size(absolute),
-            sha256=storage.sha256(absolute),
-            **{"rows": 0, **named},
-        )
+            size, sha256 = storage.size(local), storage.sha256(local)
+        file = DataFile(path=path, table=table, bytes=size, sha256=sha256, **{"rows": 0, **named})
         self._add.append(file)
         return file
 
@@ -307,23 +232,33 @@ class Transaction:
             now = self.lake.snapshot()
             self._check(now)
             self._tried = now.version + 1
-            entry = {
-                "format": FORMAT,
-                "id": self._id,
-                "version": now.version + 1,
-                "operation": self._operation,
-                "unit": self._unit,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "add": [dataclasses.asdict(file) for file in self._add],
-                "remove": self._remove,
-                "forget": self._forget,
-                "set": self._set,
-            }
-            if self.lake.link(entry):
+            entry = sealed(
+                {
+                    "format": FORMAT,
+                    "id": self._id,
+                    "version": now.version + 1,
+                    "operation": self._operation,
+                    "unit": self._unit,
+                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "add": [file.to_json() for file in self._add],
+                    "remove": self._remove,
+                    "forget": self._forget,
+                    "set": self._set,
+                }
+            )
+            if self.lake.log.link(entry):
+                if (entry["version"] + 1) % CHECKPOINT_EVERY == 0:
+                    self.lake.log.write_checkpoint(now.apply([entry]), entry)
                 return
+            self._tried = -1
 
-    def _is_linked(self) -> bool:
-        entry = self.lake.entry(self._tried) if self._tried >= 0 else None
+    def _may_be_linked(self) -> bool:
+        """Whether the files can be the lake's after an exception while the entry was linked."""
+        if self._tried < 0:
+            return False
+        if not storage.is_local(self.lake.path):
+            return True  # a put whose answer never came can still be carried out
+        entry = self.lake.log.entry(self._tried)
         return entry is not None and entry.get("id") == self._id
 
     def _check(self, now: Snapshot) -> None:
@@ -337,18 +272,14 @@ class Transaction:
                 raise ConflictError(f"{key}: changed by another writer meanwhile; run the step again")
 
     def discard(self) -> None:
-        """Deletes the files written so far."""
+        """Deletes the files written so far; where that fails, they are garbage."""
         for file in self._add:
-            storage.remove(self.lake.absolute(file))
+            with suppress(StorageError):
+                storage.remove(self.lake.absolute(file))
 
 
 def _new_path(table: str, suffix: str, *folders: str | None) -> str:
     return "/".join([table, *filter(None, folders), f"{secrets.token_hex(8)}.{suffix}"])
-
-
-def _data_file(value: dict[str, Any]) -> DataFile:
-    ranges = {key: tuple(value[key]) if value[key] else None for key in ("atoms", "contexts")}
-    return DataFile(**{**value, **ranges})
 
 
 def connect(
@@ -374,6 +305,9 @@ def open_tables(
     tables = (file for file in snapshot.files.values() if file.table in views.TABLES)
     _check_readable(lake, snapshot, [file for file in tables if views.may_show(file, bounds)])
     connection = duckdb.connect()
+    if not storage.is_local(lake.path):
+        sizes = {lake.absolute(file): file.bytes for file in snapshot.files.values()}
+        connection.register_filesystem(LakeFiles(sizes))
     connection.execute(views.statements(lake.path, snapshot.files.values(), snapshot.properties, bounds))
     return connection
 

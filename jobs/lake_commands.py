@@ -1,4 +1,4 @@
-"""Commands on a lake rather than on a run: status, sql, gc, drop."""
+"""Commands on a lake rather than on a run: status, verify, sql, gc, drop."""
 
 import csv
 import json
@@ -14,9 +14,9 @@ from typing import Any, Final
 import duckdb
 import pyarrow.parquet as pq
 
-from sae.jobs import storage
 from sae.jobs.lake import DataFile, Lake, Snapshot, connect, write_views
-from sae.jobs.progress import bar, say
+from sae.jobs.progress import say
+from sae.jobs.verify import damages
 from sae.schemas.errors import ConfigError, LakeError
 
 _BATCH_ROWS: Final = 10_000
@@ -36,10 +36,7 @@ Relation = duckdb.DuckDBPyRelation
 
 
 def status(given: Namespace) -> None:
-    """Prints what the lake holds and which steps are unfinished.
-
-    With `verify` it reads every file, and raises LakeError on one that is not as it was written.
-    """
+    """Prints what the lake holds and which steps are unfinished."""
     lake = Lake(given.lake)
     snapshot = lake.snapshot()
     print(f"{lake.path}: version {snapshot.version}")
@@ -51,9 +48,6 @@ def status(given: Namespace) -> None:
         _print_rows(title, rows)
     unfinished = list(_unfinished(snapshot))
     print("\nunfinished: " + ("; ".join(unfinished) or "nothing"))
-    if given.verify:
-        _verify(lake, snapshot)
-        print(f"verified: all {len(snapshot.files)} files are as they were written")
 
 
 def _tables(snapshot: Snapshot) -> Rows:
@@ -135,20 +129,6 @@ def _unfinished(snapshot: Snapshot) -> Iterator[str]:
             yield f"aggregate of {name}"
 
 
-def _verify(lake: Lake, snapshot: Snapshot) -> None:
-    damaged = []
-    with bar("verify", len(snapshot.files), "files") as progress:
-        for file in snapshot.files.values():
-            path = lake.absolute(file)
-            if not storage.exists(path):
-                damaged.append(f"{file.path} is missing")
-            elif storage.sha256(path) != file.sha256:
-                damaged.append(f"{file.path} has another sha256 than the log")
-            progress.advance(1)
-    if damaged:
-        raise LakeError(f"{lake.path}: {'; '.join(damaged)}; restore from a copy")
-
-
 def _print_rows(title: str, rows: Rows) -> None:
     """A table with aligned columns, numbers to the right."""
     if not rows:
@@ -167,6 +147,22 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def verify(given: Namespace) -> None:
+    """Reads every file of the log and the newest version; prints each that is not as it was written.
+
+    Raises LakeError where there is one.
+    """
+    lake = Lake(given.lake)
+    n_damaged = 0
+    for line in damages(lake):
+        print(line, flush=True)
+        n_damaged += 1
+    if n_damaged:
+        raise LakeError(f"verify: {n_damaged} files of {lake.path} are not as they were written")
+    snapshot = lake.snapshot()
+    print(f"all {len(snapshot.files)} files of version {snapshot.version} and its log are as they were written")
 
 
 def sql(given: Namespace) -> None:

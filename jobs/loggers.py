@@ -4,6 +4,7 @@ import hashlib
 from types import TracebackType
 from typing import Any, Self
 
+from sae.jobs import storage
 from sae.jobs.history import Row
 from sae.jobs.lake import TENSORBOARD_FOLDER, Lake
 from sae.schemas.config import Run
@@ -21,6 +22,11 @@ class Logger:
     def __enter__(self) -> Self:
         name = self._config.autoencoder.name
         if "tensorboard" in self._config.training.log_to:
+            if not storage.is_local(self._lake.path):
+                raise ConfigError(
+                    f"training.log_to: tensorboard writes into the lake's folder, and {self._lake.path} is in an "
+                    "object store; leave it out, the same metrics are in the lake's table metrics"
+                )
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(self._lake.absolute(f"{TENSORBOARD_FOLDER}/{name}"))

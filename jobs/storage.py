@@ -1,50 +1,37 @@
 """Files, local or in an object store: the one module that opens paths.
 
 A path is a string: a local path, `s3://bucket/key`, `gs://bucket/name` or `az://account/container/name`.
-blobfile serves local files, gs:// and az://; obstore serves s3:// (credentials and endpoint: the AWS_*
-environment variables). Reading works everywhere; writing is for local folders, where a file is complete from
-the moment that its name is visible.
+blobfile streams local files, gs:// and az://; what it cannot do is done by obstore, in stores.py. A file is complete
+from the moment that its name is visible, wherever it is.
 """
 
 import errno
 import hashlib
-import io
 import logging
 import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import BinaryIO
 
 import blobfile
-import obstore
 from obstore.exceptions import BaseError as ObstoreError
-from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-from obstore.store import S3Store
 
+from sae.jobs import stores
+from sae.jobs.storage_errors import NO_FILE, is_bucket_missing, is_missing, scheme, storing
+from sae.jobs.storage_errors import reading as reading
 from sae.schemas.errors import StorageError
 
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
 TEMPORARY_PREFIX = ".tmp-"
-_STORES = ("s3", "gs", "az")
-_S3_BUFFER = 4 << 20
 _WILDCARD = re.compile(r"[*?]")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_COPY_BYTES = 16 << 20
 
-_CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "gs": "set GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "set AZURE_STORAGE_ACCOUNT and AZURE_STORAGE_KEY",
-    "": "grant this user access to it",
-}
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space or use another disk",
     errno.EDQUOT: "raise the quota or use another disk",
@@ -75,18 +62,6 @@ class FileInfo:
 # Paths
 
 
-def scheme(path: str) -> str:
-    """Return "s3", "gs", "az", or "" for a local path.
-
-    Raises:
-        StorageError: another scheme.
-    """
-    match = _SCHEME.match(path)
-    if match and match[1] not in _STORES:
-        raise StorageError(f"{path}: unknown scheme {match[1]}://; use a local path, s3://, gs:// or az://")
-    return match[1] if match else ""
-
-
 def is_local(path: str) -> bool:
     """Tell whether `path` is in the local file system."""
     return scheme(path) == ""
@@ -102,26 +77,6 @@ def join(base: str, *parts: str) -> str:
 # Reading
 
 
-@contextmanager
-def reading(path: str) -> Iterator[None]:
-    """Turn what a store raises while `path` is read into a StorageError that names it."""
-    try:
-        yield
-    except IsADirectoryError as error:
-        raise StorageError(f"{path}: is a folder, a file was expected") from error
-    except (PermissionError, PermissionDeniedError, UnauthenticatedError) as error:
-        raise StorageError(f"{path}: permission denied; {_CREDENTIALS[scheme(path)]}") from error
-    except (FileNotFoundError, ObstoreError, blobfile.Error) as error:
-        if _is_missing(error):
-            raise StorageError(f"{path}: no such file, folder or bucket; check the path") from error
-        hint = f"check the path, the network and the credentials: {_CREDENTIALS[scheme(path)]}"
-        raise StorageError(f"cannot read {path}: {_one_line(error)}; {hint}") from error
-    except OSError as error:
-        if error.errno is None:  # a decoder's complaint about the contents, not the system's
-            raise
-        raise StorageError(f"cannot read {path}: {os.strerror(error.errno)}") from error
-
-
 def open_read(path: str) -> BinaryIO:
     """Open a file for reading in a stream; seekable, never downloaded whole.
 
@@ -132,43 +87,88 @@ def open_read(path: str) -> BinaryIO:
     """
     with reading(path):
         if scheme(path) == "s3":
-            return cast(BinaryIO, io.BufferedReader(_S3File(path), _S3_BUFFER))
+            return stores.open_object(path)
         return _blobs.BlobFile(path, "rb", streaming=True)
+
+
+def open_object(path: str, size: int | None = None) -> BinaryIO:
+    """Open an object of a store for reads here and there; its size, where it is known, saves a request.
+
+    Raises:
+        StorageError: it cannot be opened. Later errors are the store's own, as with `open_read`.
+    """
+    with reading(path):
+        return stores.open_object(path, size)
+
+
+@contextmanager
+def local_copy(path: str) -> Iterator[str]:
+    """Give a local path with the file's contents: its own, or that of a copy that is deleted afterwards.
+
+    A memory map of the copy outlives it.
+    """
+    if is_local(path):
+        yield path
+        return
+    with _scratch() as temporary:
+        with _writing(temporary), open(temporary, "wb") as copy, open_object(path) as file, reading(path):
+            shutil.copyfileobj(file, copy, _COPY_BYTES)
+        yield temporary
 
 
 def read_bytes(path: str) -> bytes:
     """Read a whole file."""
-    with open_read(path) as file, reading(path):
-        return file.read()
+    found = read_if_there(path)
+    if found is None:
+        raise StorageError(NO_FILE.format(path))
+    return found
+
+
+def read_if_there(path: str) -> bytes | None:
+    """Read a whole file; None where there is none, but an error where there is not even its bucket."""
+    with reading(path):
+        try:
+            if not is_local(path):
+                return stores.read(path)
+            with open(path, "rb") as file:
+                return file.read()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if is_bucket_missing(error):
+                raise
+            return None
 
 
 def sha256(path: str) -> str:
     """Hash a file, streaming; hexadecimal."""
-    with open_read(path) as file, reading(path):
+    with open_read(path) if is_local(path) else open_object(path) as file, reading(path):
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def exists(path: str) -> bool:
     """Tell whether there is a file or a folder at `path`."""
     with reading(path):
-        if scheme(path) != "s3":
-            return _blobs.exists(path)
-        store, key = _s3(path)
+        if is_local(path):
+            return os.path.exists(path)
         try:
-            return _file_size(path) is not None or any(obstore.list(store, key, chunk_size=1))
+            return stores.head(path) is not None or stores.is_folder(path)
         except (FileNotFoundError, ObstoreError) as error:
-            if not _is_missing(error):
+            if not is_missing(error):
                 raise
             return False
 
 
 def size(path: str) -> int:
     """Return the size of a file in bytes."""
+    found = size_if_there(path)
+    if found is None:
+        raise StorageError(NO_FILE.format(path))
+    return found
+
+
+def size_if_there(path: str) -> int | None:
+    """Return the size of a file in bytes; None where there is none."""
     with reading(path):
-        found = _file_size(path)
-        if found is None:
-            raise FileNotFoundError(path)
-        return found
+        return _file_size(path)
 
 
 def glob(pattern: str) -> list[str]:
@@ -214,10 +214,9 @@ def _translate_name(name: str) -> str:
 
 def _file_size(path: str) -> int | None:
     try:
-        if scheme(path) == "s3":
-            return obstore.head(*_s3(path))["size"]
-        if scheme(path):
-            return _blobs.stat(path).size
+        if not is_local(path):
+            meta = stores.head(path)
+            return None if meta is None else meta["size"]
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -255,81 +254,33 @@ def _list_blobs(prefix: str, depth: int | None) -> Iterator[FileInfo]:
 
 def _list_s3(prefix: str, depth: int | None) -> Iterator[FileInfo]:
     bucket = prefix.split("/")[2]
-    store, folder = _s3(prefix[: prefix.rindex("/")] if prefix.count("/") > 2 else prefix)
-    if depth == 1:
-        pages: Iterable[Iterable[obstore.ObjectMeta]] = [obstore.list_with_delimiter(store, folder or None)["objects"]]
-    else:
-        pages = obstore.list(store, folder or None)
-    for page in pages:
-        yield from (FileInfo(f"s3://{bucket}/{meta['path']}", meta["size"]) for meta in page)
+    folder = prefix[: prefix.rindex("/")] if prefix.count("/") > 2 else prefix
+    for meta in stores.children(folder) if depth == 1 else stores.walk(folder):
+        yield FileInfo(f"s3://{bucket}/{meta['path']}", meta["size"])
 
 
 _LISTINGS = {"": _list_local, "gs": _list_blobs, "az": _list_blobs, "s3": _list_s3}
 
 
-@lru_cache(maxsize=64)
-def _s3_bucket(bucket: str) -> S3Store:
-    return S3Store(bucket)
-
-
-def _s3(path: str) -> tuple[S3Store, str]:
-    bucket, _, key = path.removeprefix("s3://").partition("/")
-    if not bucket:
-        raise StorageError(f"{path}: names no bucket; write s3://bucket/key")
-    return _s3_bucket(bucket), key
-
-
-class _S3File(io.RawIOBase):
-    """Range requests as a seekable stream; the object must not change while it is read."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._store, self._key = _s3(path)
-        meta = obstore.head(self._store, self._key)
-        self._size, self._etag = meta["size"], meta["e_tag"]
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def readinto(self, buffer: "WriteableBuffer") -> int:
-        view = memoryview(buffer).cast("B")
-        stop = min(self._position + len(view), self._size)
-        if stop <= self._position:
-            return 0
-        options: obstore.GetOptions = {"range": (self._position, stop)}
-        if self._etag:
-            options["if_match"] = self._etag
-        with reading(self._path):
-            data = obstore.get(self._store, self._key, options=options).bytes()
-        view[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-
-# Writing: local files
+# Writing
 
 
 @contextmanager
 def staged(path: str) -> Iterator[str]:
-    """Give a temporary path beside `path` to write to; on success it becomes `path`, durably.
+    """Give a temporary local path to write to; on success its contents are at `path`, durably.
 
     On any exception nothing is left. Folders are made. A file already at `path` is replaced at once.
 
     Raises:
-        StorageError: a remote path, or the disk is full, read-only or not permitted.
+        StorageError: the disk is full, read-only or not permitted; the store cannot be written to.
     """
+    if not is_local(path):
+        with _scratch() as temporary:
+            with _writing(temporary):
+                yield temporary
+            with open(temporary, "rb") as file, storing(path):
+                stores.upload(path, file)
+        return
     folder = _writable_folder(path)
     temporary = os.path.join(folder, TEMPORARY_PREFIX + uuid.uuid4().hex)
     try:
@@ -354,12 +305,29 @@ def write_atomic(path: str, data: bytes | Callable[[BinaryIO], object]) -> None:
         _fill(temporary, data)
 
 
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """Give the path of a file that does not exist yet, in the folder that TMPDIR names; it is deleted afterwards."""
+    temporary = os.path.join(tempfile.gettempdir(), TEMPORARY_PREFIX + uuid.uuid4().hex)
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
 def put_if_absent(path: str, data: bytes) -> bool:
     """Create a file with `data`; False, and no change, if one is there. Exactly one of many callers wins.
+
+    In an object store the answer can be lost on its way. Then it may be False although the file is the caller's, who
+    has to look; and where an error is raised, the file may still appear later.
 
     Raises:
         StorageError: as `staged`, or the disk has no hard links.
     """
+    if not is_local(path):
+        with storing(path):
+            return stores.put_if_absent(path, data)
     folder = _writable_folder(path)
     temporary = os.path.join(folder, TEMPORARY_PREFIX + uuid.uuid4().hex)
     try:
@@ -394,18 +362,22 @@ def make_folder(path: str) -> None:
 
 def remove(path: str) -> None:
     """Remove a file; one that is not there is no error."""
-    require_local(path)
+    if not is_local(path):
+        with storing(path):
+            stores.remove(path)
+        return
     with _writing(path), suppress(FileNotFoundError):
         os.unlink(path)
 
 
 def list_files(folder: str, *, temporary: bool = False) -> list[str]:
-    """List the files below a local folder, sorted, relative to it.
+    """List the files below a folder, sorted, relative to it.
 
     Temporary files, which live or killed writers have there, are listed only (and alone) if `temporary`.
     A folder that does not exist has none.
     """
-    require_local(folder)
+    if not is_local(folder):
+        return [] if temporary else sorted(sizes_below(folder))
     return sorted(
         os.path.relpath(os.path.join(parent, name), folder)
         for parent, _, names in os.walk(folder)
@@ -414,8 +386,19 @@ def list_files(folder: str, *, temporary: bool = False) -> list[str]:
     )
 
 
+def sizes_below(folder: str) -> dict[str, int]:
+    """The sizes in bytes of all objects below a folder of a store, by name relative to it."""
+    with reading(folder):
+        start = len(stores.locate(folder)[1].rstrip("/")) + 1
+        return {meta["path"][start:]: meta["size"] for meta in stores.walk(folder)}
+
+
 def modified(path: str) -> float:
-    """Return when a local file was last written, in seconds since the epoch; now, if it is gone."""
+    """Return when a file was last written, in seconds since the epoch; now, if it is gone."""
+    if not is_local(path):
+        with reading(path):
+            meta = stores.head(path)
+        return time.time() if meta is None else meta["last_modified"].timestamp()
     try:
         return os.stat(path).st_mtime
     except FileNotFoundError:
@@ -458,7 +441,7 @@ def _writing(path: str, *also: str) -> Iterator[None]:
 
 def require_local(path: str) -> None:
     if not is_local(path):
-        raise StorageError(f"{path}: a lake must be a local folder in this version; use a local path")
+        raise StorageError(f"{path}: is in an object store; give a local folder")
 
 
 def _writable_folder(path: str) -> str:
@@ -485,13 +468,3 @@ def _sync(path: str) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _is_missing(error: Exception) -> bool:
-    return isinstance(error, FileNotFoundError) or "NoSuchBucket" in str(error)
-
-
-def _one_line(error: Exception, limit: int = 300) -> str:
-    # What follows these words in obstore's and blobfile's messages is for their developers.
-    text = " ".join(re.split(r"Debug source|, request=<", str(error))[0].split())
-    return text if len(text) <= limit else text[:limit] + "..."

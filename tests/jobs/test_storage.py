@@ -305,12 +305,10 @@ def test_one_of_many_processes_wins(tmp_path: Path) -> None:
         assert storage.read_bytes(f"{tmp_path}/{n}") == b"%d" % winners.index(True)
 
 
-def test_a_remote_lake_is_refused() -> None:
-    for write in (storage.make_folder, storage.remove, storage.list_files, storage.free_bytes):
-        with pytest.raises(StorageError, match="a lake must be a local folder"):
-            write("s3://bucket/lake")
-    with pytest.raises(StorageError, match="a lake must be a local folder"):
-        storage.put_if_absent("gs://bucket/lake/x", b"")
+def test_what_only_a_disk_has_is_not_asked_of_a_store() -> None:
+    for ask in (storage.make_folder, storage.check_writable, storage.free_bytes):
+        with pytest.raises(StorageError, match="is in an object store; give a local folder"):
+            ask("s3://bucket/lake")
 
 
 def test_remove_twice_and_free_bytes_of_a_future_folder(tmp_path: Path) -> None:

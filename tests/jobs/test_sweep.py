@@ -228,7 +228,7 @@ def test_every_step_heeds_the_list(alone: Lab, tokenized: Lab, one_ray: None, tm
     assert dropped.code == 0, dropped.stderr
     assert connect(str(lab.lake)).sql(atoms).fetchall() == [(first, 64)]
     assert sae("gc", lab.lake, "--older-than", "0").code == 0
-    assert sae("status", lab.lake, "--verify").code == 0
+    assert sae("verify", lab.lake).code == 0
 
 
 def test_a_faulty_autoencoder_of_a_list_is_named(tokenized: Lab, tmp_path: Path) -> None:
