@@ -17,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
+import yaml
 
 from sae.jobs import aggregate, lake_commands
 from sae.jobs.lake import connect
+from sae.schemas.config import Run
 from sae.schemas.tables import SCHEMAS
 from tests.lakes import (
     BIN_WIDTH,
@@ -34,6 +36,7 @@ from tests.lakes import (
     small_lake,
     train,
 )
+from tests.tiny_run import sae
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "cookbook.md").read_text("utf-8")
@@ -371,6 +374,40 @@ def test_the_answer_is_what_numpy_says(kitchen: Kitchen, query: str, answer: Cal
     for ours, theirs in zip(itertools.chain(*found), itertools.chain(*expected), strict=True):
         # The lake's activations are float32.
         assert ours == (theirs if isinstance(theirs, str) else pytest.approx(theirs, rel=1e-5)), (found, expected)
+
+
+def test_a_quantile_of_bins_is_at_most_a_bin_too_high(kitchen: Kitchen) -> None:
+    exact = {q: act for q, act in quantiles(kitchen)}
+    excess = np.array([act - exact[q] for q, act in quantiles_of_bins(kitchen)])
+    assert ((excess > -1e-9) & (excess < BIN_WIDTH)).all()
+
+
+def test_the_python_of_the_page_runs(kitchen: Kitchen) -> None:
+    ((_, code),) = blocks("python")
+    found: dict[str, Any] = {}
+    exec(here(code).replace("demo/lake", kitchen.demo.config.lake), found)
+    nearest = list(zip(*found["answer"].to_pydict().values(), strict=True))
+    assert [at for at, _ in nearest] == [at for at, _ in kitchen.cosines("demo", ATOM, "demo")]
+
+
+def test_the_autoencoders_of_the_page_are_a_config(kitchen: Kitchen) -> None:
+    ((_, text),) = blocks("yaml")
+    given = kitchen.demo.config.model_dump(mode="json", exclude={"autoencoder", "autoencoders"})
+    assert [one.autoencoder.name for one in Run.model_validate(given | yaml.safe_load(text)).each()] == [
+        "early",
+        "small",
+    ]
+
+
+def test_atoms_of_other_widths_have_no_cosine(kitchen: Kitchen, tmp_path: Path) -> None:
+    lake = kitchen.demo.copy(tmp_path / "lake").lake
+    wide = pa.table({"atom": [0], "direction": [[1.0] * 5]}, schema=SCHEMAS["decoders"])
+    with lake.transaction("decoders") as transaction:
+        transaction.write("decoders", wide, autoencoder="wide")
+    result = sae("sql", lake.path, "from nearest_atoms('demo', 3, other_ := 'wide')")
+    assert result.code == 1
+    (line,) = result.lines
+    assert "list dimensions must be equal, got left length '5' and right length '4'" in line
 
 
 def test_the_page_asks_of_this_lake_whatever_it_asks_of_its_own() -> None:

@@ -9,6 +9,7 @@ import torch
 from sae.jobs import aggregate, checkpoints, decoders
 from sae.jobs.lake import Lake, connect
 from sae.model import Autoencoder
+from sae.sharded import part_of
 from tests.lakes import N_LATENTS, NAME, Small, encode, small_lake, train
 from tests.tiny_run import Lab, sae
 
@@ -71,6 +72,22 @@ def test_a_tied_autoencoder_has_its_encoder(tmp_path: Path) -> None:
         transaction.set(f"autoencoder/{NAME}", {**state, "config": tied.config(), "checkpoints": [checkpoint]})
     _encode_again(small)
     np.testing.assert_allclose(directions(small.config.lake), unit_rows(tied), rtol=0, atol=1e-7)
+
+
+def test_shards_of_several_ranks_are_one_table(small: Small) -> None:
+    autoencoder = Autoencoder(N_LATENTS, 4)
+    tensors = {key: value for key, value in autoencoder.state_dict().items() if isinstance(value, torch.Tensor)}
+    held = [[range(2), range(5, 8)], [range(2, 5)]]
+    with small.lake.transaction("train") as transaction:
+        state = transaction.base.properties[f"autoencoder/{NAME}"]
+        shards = [
+            checkpoints.write_tensors(transaction, "checkpoints", NAME, part_of(tensors, latents), latents)
+            for latents in held
+        ]
+        checkpoint = {**state["checkpoints"][0], "model": shards}
+        transaction.set(f"autoencoder/{NAME}", {**state, "checkpoints": [checkpoint]})
+    _encode_again(small)
+    np.testing.assert_allclose(directions(small.config.lake), unit_rows(autoencoder), rtol=0, atol=1e-7)
 
 
 def test_every_version_has_the_directions_of_then(small: Small) -> None:
