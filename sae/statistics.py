@@ -4,6 +4,7 @@ A run holds m rows (atom int32, context_id int64, pos uint16, act float32), sort
 All functions are deterministic: the same rows give the same bytes, whatever order they arrived in.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
@@ -16,6 +17,8 @@ Array = npt.NDArray[Any]
 Columns = dict[str, Array]
 
 MANTISSA_DROPPED: Final = 13  # float32 has 23 mantissa bits; 10 are stored
+ACT_CODES: Final = 1 << (31 - MANTISSA_DROPPED)  # rounded positive values
+_BLOCK: Final = 16_384
 
 
 def round_act(act: Array) -> Array:
@@ -31,9 +34,13 @@ def priority(seed: int, atom: Array, context_id: Array, pos: Array) -> Array:
 
     Each key goes through the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
     """
-    state = _mix(np.full(len(atom), seed, np.uint64))
-    for key in (atom, context_id, pos):
-        state = _mix(state ^ key.astype(np.uint64))
+    state = np.empty(len(atom), np.uint64)
+    for block in _blocks(len(atom)):
+        mixed = _mix(np.full(len(atom[block]), seed, np.uint64))
+        for key in (atom, context_id, pos):
+            mixed ^= key[block].astype(np.uint64)
+            mixed = _mix(mixed)
+        state[block] = mixed
     return state
 
 
@@ -42,6 +49,46 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+class Fields:
+    """Non-negative integers side by side in one of 63 bits, so that rows are sorted without a key beside them.
+
+    To sort whole rows is several times faster than to find their order and to gather each column.
+    """
+
+    def __init__(self, *largest: int) -> None:
+        """The largest value of each field, the first of which decides the order."""
+        self.widths = [int(value).bit_length() for value in largest]
+        self.below_first = sum(self.widths[1:])
+        self.fits = self.below_first + self.widths[0] <= 63
+
+    def pack(self, *fields: Array) -> Array:
+        """int64 [m]; there must be room."""
+        packed = np.empty(len(fields[0]), np.int64)
+        for block in _blocks(len(packed)):
+            mine = packed[block]
+            mine[:] = fields[0][block]
+            for width, field in zip(self.widths[1:], fields[1:], strict=True):
+                mine <<= width
+                mine |= field[block]
+        return packed
+
+    def unpack(self, packed: Array, *types: npt.DTypeLike) -> list[Array]:
+        """The fields, each of its type."""
+        found = [np.empty(len(packed), kind) for kind in types]
+        for block in _blocks(len(packed)):
+            left = packed[block].copy()
+            for width, field in zip(reversed(self.widths[1:]), reversed(found[1:]), strict=True):
+                field[block] = left & ((1 << width) - 1)
+                left >>= width
+            found[0][block] = left
+        return found
+
+
+def _blocks(m: int) -> Iterator[slice]:
+    """Parts of m rows that stay in the cache while several things are done to them: fresh memory costs more."""
+    return (slice(start, start + _BLOCK) for start in range(0, m, _BLOCK))
 
 
 def check_bin_width(bin_width: float, max_act: float) -> None:
@@ -76,17 +123,20 @@ class SortedRun:
     @classmethod
     def from_rows(cls, atom: Array, context_id: Array, pos: Array, act: Array) -> Self:
         """Sorts rows that arrive in any order; activations must be > 0 and are rounded for storage."""
-        first = context_id.min(initial=np.iinfo(np.int64).max)
-        token = (context_id - first) * (int(pos.max(initial=0)) + 1) + pos
-        # One packed key sorts several times faster than three; it is unique, so the order does not depend on arrival.
-        token_bits = int(token.max(initial=1)).bit_length()
-        order = np.argsort((atom.astype(np.int64) << token_bits) | token)
-        return cls(
-            atom[order].astype(np.int32),
-            context_id[order].astype(np.int64),
-            pos[order].astype(np.uint16),
-            round_act(act[order]),
-        )
+        first = int(context_id.min(initial=np.iinfo(np.int64).max))
+        context, code = context_id - first, _code(round_act(act))
+        # Keys are unique, so the order does not depend on arrival, nor on activations.
+        largest = (int(column.max(initial=0)) for column in (atom, context, pos))
+        fields = Fields(*largest, ACT_CODES - 1)
+        if fields.fits:
+            rows = fields.pack(atom, context, pos, code)
+            rows.sort()
+            atom, context, pos, code = fields.unpack(rows, np.int32, np.int64, np.uint16, np.int32)
+        else:
+            order = np.lexsort((pos, context, atom))
+            atom, context, pos, code = (column[order] for column in (atom, context, pos, code))
+        context += first
+        return cls(atom.astype(np.int32, copy=False), context, pos.astype(np.uint16, copy=False), act_of(code))
 
     def __len__(self) -> int:
         return len(self.atom)
@@ -124,19 +174,40 @@ class SortedRun:
     def top(self, n: int) -> Columns:
         """Up to n rows per atom: contexts by highest activation, ties by context_id; pos is its first position."""
         starts = _starts(self.atom, self.context_id)
-        peak = _reduce(np.maximum, self.act, starts)
-        lengths = np.diff(np.append(starts, len(self)))
-        at_peak = np.flatnonzero(self.act == np.repeat(peak, lengths))
-        first = at_peak[np.searchsorted(at_peak, starts)]
-        return self._best(first, -self.act[first].astype(np.float64), n)
+        atom, context_id = self.atom[starts], self.context_id[starts]
+        # The largest of these is the highest activation's first position.
+        last_pos = int(self.pos.max(initial=0))
+        peaks = Fields(ACT_CODES - 1, last_pos)
+        falling_pos = np.uint16(last_pos) - self.pos
+        highest = _reduce(np.maximum, peaks.pack(_code(self.act), falling_pos), starts)
+        code, falling_pos = peaks.unpack(highest, np.int32, np.int32)
+        first = int(context_id.min(initial=0))
+        context, falling, pos = context_id - first, ACT_CODES - 1 - code, last_pos - falling_pos
+        largest = int(atom.max(initial=0)), ACT_CODES - 1, int(context.max(initial=0)), last_pos
+        fields = Fields(*largest)
+        if fields.fits:
+            rows = fields.pack(atom, falling, context, pos)
+            rows.sort()
+            chosen = rows[_first_of_groups(_starts(rows >> fields.below_first), len(rows), n)]
+            atom, falling, context, pos = fields.unpack(chosen, np.int32, np.int32, np.int64, np.uint16)
+        else:
+            order = np.lexsort((context, falling, atom))
+            order = order[_first_of_groups(_starts(atom[order]), len(order), n)]
+            atom, falling, context, pos = (column[order] for column in (atom, falling, context, pos))
+        return {
+            "atom": atom.astype(np.int32),
+            "context_id": context + first,
+            "pos": pos.astype(np.uint16),
+            "act": act_of(ACT_CODES - 1 - falling),
+        }
 
     def samples(self, n: int, seed: int) -> Columns:
         """Up to n rows per atom: the activations with the smallest priority."""
         hashed = priority(seed, self.atom, self.context_id, self.pos)
         chosen = self._candidates(hashed, n)
-        columns = self._best(chosen, hashed[chosen], n)
-        columns["priority"] = priority(seed, columns["atom"], columns["context_id"], columns["pos"])
-        return columns
+        rows = chosen[_order(self.atom[chosen], hashed[chosen])]
+        rows = rows[_first_of_groups(_starts(self.atom[rows]), len(rows), n)]
+        return {**{name: column[rows] for name, column in self.rows().items()}, "priority": hashed[rows]}
 
     def _candidates(self, hashed: Array, n: int) -> Array:
         """Rows that can be among the n smallest of their atom: hot atoms keep a thin, still sufficient, slice."""
@@ -149,13 +220,42 @@ class SortedRun:
         keep |= np.repeat(kept < np.minimum(counts, n), counts)
         return np.flatnonzero(keep)
 
-    def _best(self, rows: Array, key: Array, n: int) -> Columns:
-        """The first n of the given rows of each atom by (key, row)."""
-        rows = rows[np.lexsort((rows, key, self.atom[rows]))]
-        starts = _starts(self.atom[rows])
-        rank = np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
-        rows = rows[rank < n]
-        return {name: column[rows] for name, column in self.rows().items()}
+
+def _order(atom: Array, hashed: Array) -> Array:
+    """Order of rows by (atom, hash, row)."""
+    room = 63 - int(atom.max(initial=0)).bit_length() - len(atom).bit_length()
+    if room < 1:
+        return np.lexsort((hashed, atom))
+    cut = (hashed >> np.uint64(64 - room)).astype(np.int64)
+    fields = Fields(int(atom.max(initial=0)), (1 << room) - 1, len(atom))
+    keys = fields.pack(atom, cut, np.arange(len(atom)))
+    keys.sort()
+    known, row = np.divmod(keys, 1 << len(atom).bit_length())
+    # Where the first bits of two hashes are equal, the rest decides.
+    same = np.flatnonzero(known[1:] == known[:-1])
+    tied = np.unique(np.concatenate([same, same + 1]))
+    row[tied] = row[tied][np.lexsort((hashed[row[tied]], known[tied]))]
+    return row
+
+
+def _first_of_groups(starts: Array, m: int, n: int) -> Array:
+    """Up to n first rows of each group, in m rows of which `starts` are the first of each."""
+    lengths = np.minimum(np.diff(np.append(starts, m)), n)
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+
+
+def _code(act: Array) -> Array:
+    """Rounded positive activations as integers of the same order."""
+    code: Array = act.view(np.int32) >> MANTISSA_DROPPED
+    return code
+
+
+def act_of(code: Array) -> Array:
+    """The activations of codes, which are used up."""
+    bits = code.astype(np.int32, copy=False)
+    bits <<= MANTISSA_DROPPED
+    return bits.view(np.float32)
 
 
 def _starts(*keys: Array) -> Array:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from sae import statistics
 from sae.schemas.errors import ConfigError
-from sae.statistics import Columns, SortedRun, priority, round_act
+from sae.statistics import Columns, Fields, SortedRun, priority, round_act
 
 Row = tuple[int, int, int, float]
 
@@ -49,6 +50,25 @@ def test_rows_are_sorted_whatever_order_they_arrive_in(rows: list[Row], random: 
     assert tuples(sorted_run(shuffled).rows()) == [
         (atom, *row) for atom, atom_rows in stored(rows).items() for row in atom_rows
     ]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.sampled_from([0, 1, 2**20, 2**50, 2**61]))))
+def test_hashes_that_begin_alike_are_told_apart_by_their_ends(drawn: list[tuple[int, int, int]]) -> None:
+    atom = np.array([a for a, _, _ in drawn], np.int32)
+    hashed = np.array([(high << 62) + low for _, high, low in drawn], np.uint64)
+    assert statistics._order(atom, hashed).tolist() == np.lexsort((hashed, atom)).tolist()
+
+
+@given(st.data(), st.lists(st.integers(0, 2**20), min_size=1, max_size=4))
+def test_packed_fields_sort_as_rows_do(data: st.DataObject, largest: list[int]) -> None:
+    fields = Fields(*largest)
+    rows = data.draw(st.lists(st.tuples(*(st.integers(0, each) for each in largest)), min_size=1))
+    if not fields.fits:
+        return
+    packed = fields.pack(*(np.array(column) for column in zip(*rows, strict=True)))
+    packed.sort()
+    columns = fields.unpack(packed, *[np.int32] * len(largest))
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == sorted(rows)
 
 
 def test_large_ids_keep_their_order() -> None:
