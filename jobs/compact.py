@@ -1,66 +1,142 @@
-"""Step compact: merges the sorted runs of an autoencoder into files of atom ranges, each sorted as the runs are."""
+"""Step compact: merges the sorted runs of an autoencoder into files of atom ranges, each sorted as the runs are.
 
-from collections.abc import Iterator
+What was compacted before is merged again only where it is not much larger than what is new, so that a row is written
+a number of times that grows with the logarithm of the lake's size.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final
 
-import duckdb
-import pyarrow as pa
+import ray
+from ray.exceptions import RayError
 
-from sae.jobs import progress, views
-from sae.jobs.lake import DataFile, Lake, connect, write_views
+from sae.jobs import cluster, merge, progress
+from sae.jobs.lake import DataFile, Lake, Range, Snapshot, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import IncompleteError
 
-_BATCH_ROWS: Final = 8 * 131_072
+_MB: Final = 10**6
+_GROWTH: Final = 8  # rows of a compacted set for each new one, from which on it is left alone
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """Files of disjoint atoms: a run, or what a compaction wrote."""
+
+    files: tuple[DataFile, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
 
 
 def run(config: Run) -> None:
-    """Compacts when there is more than one run that is not yet part of a range file."""
+    """Merges until no two sorted sets of files are worth it."""
     lake = Lake(config.lake)
-    snapshot = lake.snapshot()
     name = config.autoencoder.name
-    files = snapshot.select("latents", autoencoder=name)
+    files = lake.snapshot().select("latents", autoencoder=name)
     if not files:
         raise IncompleteError(f"compact: {name} has no latents in {config.lake}; run sae encode first")
-    if not is_worthwhile(files):
+    before = len(files)
+    while chosen := _worth_merging(lake.snapshot(), config):
+        _merge(lake, config, chosen)
+    files = lake.snapshot().select("latents", autoencoder=name)
+    if len(files) == before:
         progress.say(f"compact: the latents of {name} are compact")
         return
-    connection = connect(lake.path, snapshot.version)
-    ranges = _ranges(connection, name, config.compact.file_rows)
-    with lake.transaction("compact") as transaction, progress.bar("compact", len(ranges), "files") as bar:
-        transaction.remove(files)
-        for low, high in ranges:
-            transaction.write("latents", _sorted(connection, name, low, high), autoencoder=name)
-            bar.advance(1)
     write_views(lake)
-    progress.say(f"compact: {len(files)} files of {name} became {len(ranges)}")
+    progress.say(f"compact: {before} files of {name} became {len(files)}")
 
 
-def is_worthwhile(files: list[DataFile]) -> bool:
-    """Whether any file is still a run among several files; a lone run is sorted as a range file would be."""
-    return len(files) > 1 and any(file.run is not None for file in files)
+def _worth_merging(snapshot: Snapshot, config: Run) -> list[_Sorted]:
+    """The smallest sorted sets, as many as the memory allows, up to one that is much larger than those together."""
+    files = snapshot.select("latents", autoencoder=config.autoencoder.name)
+    most = max(2, config.compact.memory_mb * _MB // merge.CHAIN_BYTES)
+    chosen: list[_Sorted] = []
+    for each in sorted(_sorted_sets(files), key=lambda each: each.rows)[:most]:
+        if chosen and each.rows > _GROWTH * sum(earlier.rows for earlier in chosen):
+            break
+        chosen.append(each)
+    return chosen if len(chosen) > 1 else []
 
 
-def _ranges(connection: duckdb.DuckDBPyConnection, name: str, file_rows: int) -> list[tuple[int, int]]:
+def _sorted_sets(files: Sequence[DataFile]) -> list[_Sorted]:
+    """Each run by itself, and range files in as few sets of disjoint atoms as there can be."""
+    runs = [_Sorted((file,)) for file in files if file.run is not None and file.rows]
+    ranges = [file for file in files if file.run is None and file.atoms is not None]
+    chains: list[list[DataFile]] = []
+    for file in sorted(ranges, key=lambda file: file.atoms or (0, 0)):
+        fitting = (chain for chain in chains if _last_atom(chain) < _first_atom(file))
+        chain = next(fitting, None)
+        if chain is None:
+            chains.append([file])
+        else:
+            chain.append(file)
+    return [*runs, *(_Sorted(tuple(chain)) for chain in chains)]
+
+
+def _first_atom(file: DataFile) -> int:
+    assert file.atoms is not None
+    return file.atoms[0]
+
+
+def _last_atom(chain: Sequence[DataFile]) -> int:
+    assert chain[-1].atoms is not None
+    return chain[-1].atoms[1]
+
+
+def _merge(lake: Lake, config: Run, chosen: list[_Sorted]) -> None:
+    """Replaces sorted sets by files of atom ranges, each made by a task of its own."""
+    chains: list[merge.Chain] = [lake.verified(each.files) for each in chosen]
+    ranges = _ranges(chains, config.compact.file_rows)
+    with lake.transaction("compact") as transaction, progress.bar("compact", len(ranges), "files") as bar:
+        transaction.remove(file for each in chosen for file in each.files)
+        for files in _written_each(lake, config, chains, ranges):
+            transaction.adopt(files)
+            bar.advance(1)
+
+
+def _written_each(lake: Lake, config: Run, chains: list[merge.Chain], ranges: list[Range]) -> Iterator[list[DataFile]]:
+    """The files of each range; of several, made in as many processes as there are processors."""
+    given = lake.path, config.autoencoder.name, chains
+    if len(ranges) == 1:
+        yield _written(*given, ranges[0])
+        return
+    with cluster.connected(config):
+        task = ray.remote(num_cpus=1, memory=config.compact.memory_mb * _MB)(_written)
+        pending = [task.remote(*given, each) for each in ranges]
+        try:
+            while pending:
+                (done,), pending = ray.wait(pending)
+                yield ray.get(done)
+        except RayError as error:
+            raise cluster.cause(error) from None
+
+
+def _written(path: str, name: str, chains: list[merge.Chain], atoms: Range) -> list[DataFile]:
+    """One file of the latents of an atom range, for a transaction elsewhere to adopt."""
+    transaction = Lake(path).transaction("compact")
+    try:
+        transaction.write("latents", merge.merged(chains, atoms), autoencoder=name)
+    except BaseException:
+        transaction.discard()
+        raise
+    return transaction.hand_over()
+
+
+def _ranges(chains: list[merge.Chain], file_rows: int) -> list[Range]:
     """Inclusive atom ranges of about file_rows rows each; an atom is never split."""
-    counts = connection.execute(
-        "select atom, sum(n_active)::bigint from moments where autoencoder = $1 group by atom order by atom",
-        [name],
-    ).fetchall()
-    ranges: list[tuple[int, int]] = []
+    groups = [group for chain in chains for group in merge.row_groups(chain)]
+    ranges: list[Range] = []
     first, rows = 0, 0
-    for atom, n in counts:
-        if rows and rows + n > file_rows:
-            ranges.append((first, atom - 1))
-            first, rows = atom, 0
-        rows += n
-    return [*ranges, (first, counts[-1][0])] if counts else []
-
-
-def _sorted(connection: duckdb.DuckDBPyConnection, name: str, low: int, high: int) -> Iterator[pa.Table]:
-    rows = connection.sql(views.query("latents_of_atoms"), params={"autoencoder": name, "low": low, "high": high})
-    for batch in rows.to_arrow_reader(_BATCH_ROWS):
-        yield pa.Table.from_batches([batch])
+    for group in sorted(groups, key=lambda group: group.atoms):
+        low = group.atoms[0]
+        if rows + group.rows > file_rows and low > first:
+            ranges.append((first, low - 1))
+            first, rows = low, 0
+        rows += group.rows
+    return [*ranges, (first, max(group.atoms[1] for group in groups))]
 
 
 if __name__ == "__main__":

@@ -81,7 +81,8 @@ class Encoder:
         tokens = int(corpus.kept_tokens(self._config.subject.masked_positions).sum())
         # Another attempt at this run may have been first, with the same rows.
         with contextlib.suppress(ConflictError):
-            self._commit(run, latents, tokens)
+            name, corpus_name = self._config.autoencoder.name, self._config.corpus.name
+            commit_run(self._lake, name, corpus_name, self._encoding, self._plan, run, latents, tokens)
         return {"run": [run], "tokens": [tokens], "rows": [len(latents)]}
 
     @torch.inference_mode()
@@ -98,26 +99,39 @@ class Encoder:
             found.add(latent, context_id[row], pos[row], value)
         return found.sorted()
 
-    def _commit(self, run: int, latents: RunStatistics, tokens: int) -> None:
-        name, corpus, encoding = self._config.autoencoder.name, self._config.corpus.name, self._encoding
-        tables = {
-            "latents": latents.rows(),
-            "moments": latents.moments(),
-            "histograms": latents.histogram(encoding["bin_width"]),
-            "top": latents.top(encoding["examples"]),
-            "samples": latents.samples(encoding["examples"], encoding["seed"]),
-        }
-        with self._lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
-            for table, columns in tables.items():
-                schema = SCHEMAS[table]
-                if "run" in schema.names:
-                    columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
-                data = pa.table(columns).select(schema.names).cast(schema)
-                named: dict[str, Any] = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
-                transaction.write(table, data, contexts=self._plan.bounds(run), **named)
-            if transaction.base.properties.get(f"encode/{name}", encoding) != encoding:
-                raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
-            transaction.set(f"encode/{name}", encoding)
+
+def commit_run(
+    lake: Lake,
+    name: str,
+    corpus: str,
+    encoding: dict[str, Any],
+    plan: runs.Plan,
+    run: int,
+    latents: RunStatistics,
+    tokens: int,
+) -> None:
+    """Commits the latents of a run of `tokens` kept tokens, with its partial statistics.
+
+    Raises ConflictError where the run is in the lake, LakeError where others were encoded otherwise meanwhile.
+    """
+    tables = {
+        "latents": latents.rows(),
+        "moments": latents.moments(),
+        "histograms": latents.histogram(encoding["bin_width"]),
+        "top": latents.top(encoding["examples"]),
+        "samples": latents.samples(encoding["examples"], encoding["seed"]),
+    }
+    with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
+        for table, columns in tables.items():
+            schema = SCHEMAS[table]
+            if "run" in schema.names:
+                columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
+            data = pa.table(columns).select(schema.names).cast(schema)
+            named: dict[str, Any] = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
+            transaction.write(table, data, contexts=plan.bounds(run), **named)
+        if transaction.base.properties.get(f"encode/{name}", encoding) != encoding:
+            raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
+        transaction.set(f"encode/{name}", encoding)
 
 
 if __name__ == "__main__":

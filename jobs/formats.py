@@ -1,6 +1,7 @@
 """How each table is laid out on disk, and how its files are written and read: Parquet, and Arrow IPC for vectors."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from sae.jobs import storage
 from sae.schemas.errors import LakeError
-from sae.schemas.tables import SCHEMAS, activations
+from sae.schemas.tables import LATENTS, SCHEMAS, activations
 
 # Rows of latents are sorted, so that deltas of the keys are tiny; pos and act have few distinct values.
 _LATENTS: Final[dict[str, Any]] = {
@@ -19,7 +20,8 @@ _LATENTS: Final[dict[str, Any]] = {
     "column_encoding": {"atom": "DELTA_BINARY_PACKED", "context_id": "DELTA_BINARY_PACKED"},
 }
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {"latents": _LATENTS}
-_ROW_GROUP: Final = {"contexts": 512, "latents": 131_072}
+LATENTS_ROW_GROUP: Final = 131_072
+_ROW_GROUP: Final = {"contexts": 512, "latents": LATENTS_ROW_GROUP}
 
 
 def write(table: str, batches: Iterable[pa.Table], path: str) -> int:
@@ -41,12 +43,58 @@ def read(path: str, columns: list[str] | None = None, filters: Any = None) -> pa
     try:
         return pq.read_table(_source(path), columns=columns, filters=filters, partitioning=None)
     except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy") from None
+        raise _damaged(path, error) from None
 
 
 def _source(path: str) -> str | BinaryIO:
     """What Arrow reads: of an object only the parts that it needs."""
     return path if storage.is_local(path) else storage.open_object(path)
+
+
+def _damaged(path: str, error: Exception) -> LakeError:
+    return LakeError(f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy")
+
+
+def parquet(path: str) -> pq.ParquetFile:
+    """A Parquet file, opened; raises LakeError where it is damaged."""
+    try:
+        return pq.ParquetFile(_source(path), memory_map=True)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group of latents: inclusive ranges of its atoms and contexts, and the largest position."""
+
+    path: str
+    number: int
+    rows: int
+    atoms: tuple[int, int]
+    contexts: tuple[int, int]
+    last_pos: int
+
+    def overlaps(self, atoms: tuple[int, int]) -> bool:
+        return self.atoms[0] <= atoms[1] and self.atoms[1] >= atoms[0]
+
+
+def row_groups(path: str) -> Iterator[RowGroup]:
+    """Of a file of latents, from its footer; raises LakeError where it is damaged."""
+    footer = parquet(path).metadata
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        bounds = [group.column(LATENTS.names.index(name)).statistics for name in ("atom", "context_id", "pos")]
+        atoms, contexts, pos = ((found.min, found.max) for found in bounds)
+        yield RowGroup(path, number, group.num_rows, atoms, contexts, pos[1])
+
+
+def columns(path: str, file: pq.ParquetFile, row_group: int, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+    """Columns without nulls of one row group, as numpy arrays [m]."""
+    try:
+        found = file.read_row_group(row_group, list(names), use_threads=False)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None
+    return {name: found[name].to_numpy() for name in found.column_names}
 
 
 def column_range(table: pa.Table, column: str) -> tuple[int, int] | None:

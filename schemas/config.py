@@ -118,7 +118,8 @@ class Encode(_Section):
 
 
 class Compact(_Section):
-    file_rows: Count = Field(100_000_000, description="rows aimed at in one file of an atom range")
+    file_rows: Count = Field(50_000_000, description="rows aimed at in one file of an atom range")
+    memory_mb: Annotated[int, Field(ge=100)] = Field(800, description="memory of a task; each processor runs one")
 
 
 class Evaluate(_Section):
