@@ -242,7 +242,9 @@ def _first_of_groups(starts: Array, m: int, n: int) -> Array:
     """Up to n first rows of each group, in m rows of which `starts` are the first of each."""
     lengths = np.minimum(np.diff(np.append(starts, m)), n)
     ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - lengths), lengths)
+    rows = np.repeat(starts - (ends - lengths), lengths)
+    rows += np.arange(len(rows))
+    return rows
 
 
 def _code(act: Array) -> Array:
