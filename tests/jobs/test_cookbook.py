@@ -46,7 +46,7 @@ Rows = list[tuple[Any, ...]]
 # What the page asks about its lake, and what it is here.
 SWAPS: Final = {
     "2285": "3",
-    "' rate'": "' fox'",
+    "' rate'": "' a'",
     "'rate of interest'": "' fox dog'",
     "480, 57": "0, 4",
     "57": "0",
@@ -59,7 +59,7 @@ SWAPS: Final = {
     "%-Roosevelt-%": "2.%",
 }
 ENVIRONMENT: Final = {**os.environ, "PYTHONPATH": str(ROOT)}
-ATOM, COARSE, TOKEN, TEXT, DOCUMENT = 3, 6, " fox", " fox dog", 0
+ATOM, COARSE, TOKEN, TEXT, DOCUMENT = 3, 6, " a", " fox dog", 0
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
