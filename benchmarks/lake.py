@@ -1,0 +1,229 @@
+"""Bytes, seconds and memory of a lake of synthetic runs (n_latents 32768, k 32, context 64, power-law densities),
+beside plain ways to keep and ask the same: token-major Parquet with a writer's defaults, DuckDB's ORDER BY, and a
+safetensors cache of locations and activations.
+
+The lake is made in --folder, or added to where one is there already; --runs 12 hold 95 million nonzeros, 64 hold 500.
+What alternatives are asked is one run; the sort and compact rows say how many rows they had.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.numpy import save_file
+
+from benchmarks._report import RESULTS, finish, machine
+from benchmarks._synthetic_lake import NAME, Shape, drawn, grow
+from sae.jobs import formats, views
+from sae.jobs.lake import Lake, connect
+from sae.schemas.tables import SCHEMAS
+from sae.statistics import SortedRun
+
+COLUMNS = ("what", "ours", "alternative", "which", "target")
+MEMORY_LIMIT = "1GB"
+Cells = list[str]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="keep the lake there; a temporary one otherwise")
+    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--run-tokens", type=int, default=262_144)
+    parser.add_argument("--latents", type=int, default=32_768)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--save", metavar="FOLDER", nargs="?", const=RESULTS, help="append the table to <date>.md there"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object last")
+    args = parser.parse_args()
+    shape = Shape(args.run_tokens, args.latents, 32)
+    with tempfile.TemporaryDirectory(prefix="lake-benchmark-") as scratch:
+        folder = args.folder or Path(scratch) / "lake"
+        grow(str(folder), shape, args.runs)
+        table = list(measured(folder, Path(scratch), shape, args.rounds))
+    rows = sum(file.rows for file in Lake(str(folder)).snapshot().select("latents")) if args.folder else 0
+    caption = f"{args.runs} runs of {shape.run_tokens:,} tokens, {os.cpu_count()} cores; medians of {args.rounds}."
+    result = {
+        "benchmark": "lake",
+        "command": "python -m benchmarks.lake",
+        "machine": machine(torch.device("cpu")),
+        "caption": caption,
+        "columns": COLUMNS,
+        "table": table,
+        "rows": rows,
+    }
+    finish(result, args.save, args.json)
+
+
+def measured(folder: Path, scratch: Path, shape: Shape, rounds: int) -> Iterator[Cells]:
+    print("writing a run", file=sys.stderr)
+    yield from of_a_run(scratch, shape, rounds)
+    copy = scratch / "compact"
+    shutil.copytree(folder, copy, copy_function=os.link)
+    print("compacting", file=sys.stderr)
+    yield from of_compaction(folder, copy, scratch)
+    for name, lake in (("runs", folder), ("compact", copy)):
+        print(f"asking {name}", file=sys.stderr)
+        yield from of_questions(name, lake, rounds)
+
+
+def of_a_run(scratch: Path, shape: Shape, rounds: int) -> Iterator[Cells]:
+    rows, ours, plain = drawn(shape, 0), scratch / "run.parquet", scratch / "plain.parquet"
+    token_major = pa.table(dict(zip(SCHEMAS["latents"].names, rows, strict=True))).cast(SCHEMAS["latents"])
+
+    def partials() -> None:
+        run = SortedRun.from_rows(*rows)
+        tables = {"moments": run.moments(), "histograms": run.histogram(0.2), "top": run.top(50)}
+        for name, columns in {"latents": run.rows(), **tables, "samples": run.samples(50, 0)}.items():
+            named = {"run": np.zeros(len(columns["atom"]), np.int32), **columns}
+            schema = SCHEMAS[name]
+            formats.write(name, [pa.table(named).select(schema.names).cast(schema)], str(scratch / f"{name}.parquet"))
+        os.replace(scratch / "latents.parquet", ours)
+
+    # Of one core each, so processor time: other processes do not count.
+    mine = statistics.median(processor_seconds(partials) for _ in range(rounds))
+    theirs = statistics.median(processor_seconds(lambda: pq.write_table(token_major, plain)) for _ in range(rounds))
+    n = len(rows[0])
+    millions = [f"{n / seconds / 1e6:.1f}M nonzeros/s a core" for seconds in (mine, theirs)]
+    yield ["sort, partials, write", millions[0], millions[1], "token-major Parquet, nothing else", "8M"]
+    cache = scratch / "cache.safetensors"
+    locations = np.stack([rows[1], rows[2], rows[0]], axis=1)
+    save_file({"locations": locations, "activations": rows[3]}, cache)
+    size = f"{ours.stat().st_size / n:.2f} B a nonzero"
+    yield ["a run", size, f"{plain.stat().st_size / n:.2f}", "token-major Parquet", "2.95"]
+    yield ["a run", size, f"{cache.stat().st_size / n:.2f}", "safetensors", "2.95"]
+
+
+def of_compaction(runs: Path, copy: Path, scratch: Path) -> Iterator[Cells]:
+    config = scratch / "run.yaml"
+    config.write_text(json.dumps(run_config(copy)))
+    command = [sys.executable, "-m", "sae.jobs.compact", str(config)]
+    began = time.perf_counter()
+    with peak_memory() as peak:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    mine = time.perf_counter() - began
+    files = Lake(str(copy)).snapshot().select("latents")
+    rows = sum(file.rows for file in files)
+    out = scratch / "ordered.parquet"
+    query = f"copy (select * from latents order by atom, context_id, pos) to '{out}' (format parquet)"
+    began = time.perf_counter()
+    with peak_memory() as theirs_peak:
+        connection = connect(str(runs))
+        connection.execute(f"set memory_limit = '2GB'; set temp_directory = '{scratch}/spill'")
+        connection.execute(query)
+    theirs = time.perf_counter() - began
+    out.unlink()
+    yield [
+        f"compact {rows / 1e6:.0f}M rows, the command",
+        f"{mine:.1f} s, {peak[0] / 1e9:.2f} GB",
+        f"{theirs:.1f} s, {theirs_peak[0] / 1e9:.2f} GB",
+        "DuckDB ORDER BY at 2 GB",
+        "60 s of 500M, 2 GB",
+    ]
+    bytes_ = sum(file.bytes for file in files)
+    yield ["compact", f"{bytes_ / rows:.2f} B a nonzero", "-", "-", "2.85"]
+
+
+def run_config(lake: Path) -> dict[str, Any]:
+    return {
+        "lake": str(lake),
+        "subject": {"model": "none", "hook": "none"},
+        "corpus": {"name": "synthetic", "paths": ["none"], "context_length": 64},
+        "autoencoder": {"name": NAME, "n_latents": 32_768, "k": 32},
+        "training": {"tokens": 64, "batch_tokens": 64},
+    }
+
+
+ONE_ATOM = "select count(*), sum(act), max(act) from latents where atom = $1"
+
+
+def of_questions(name: str, folder: Path, rounds: int) -> Iterator[Cells]:
+    connection = connect(str(folder))
+    connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+    every = "select atom, count(*), sum(act::double), sum(act::double ** 2), max(act) from latents group by atom"
+    yield asked(name, "statistics of all atoms, from rows", connection, every, rounds, "3 s of 100M")
+    if name == "runs":
+        n = connection.execute("select max(atom) + 1 from moments").fetchall()[0][0]
+        merged = {"autoencoder": NAME, "n_tokens": 10**9, "n_latents": n}
+        took = median(lambda: connection.execute(views.query("atoms"), merged).fetchall(), rounds)
+        yield [f"{name}: statistics of all atoms, from partials", f"{took:.2f} s", "-", "-", "1 s of 500M"]
+    counts = connection.execute("select atom from moments group by atom order by sum(n_active) desc, atom").fetchall()
+    for title, at in (("hot", 0), ("middle", len(counts) // 2), ("rare", len(counts) - len(counts) // 100 - 1)):
+        atom = counts[at][0]
+        new = median(lambda atom=atom: connect(str(folder)).execute(ONE_ATOM, [atom]).fetchall(), rounds)  # type: ignore[misc]
+        open_ = median(lambda atom=atom: connection.execute(ONE_ATOM, [atom]).fetchall(), rounds)  # type: ignore[misc]
+        yield [
+            f"{name}: one atom, {title}",
+            f"{new * 1000:.0f} ms",
+            f"{open_ * 1000:.1f} ms",
+            "connected already",
+            "10 ms",
+        ]
+
+
+def asked(name: str, title: str, connection: duckdb.DuckDBPyConnection, query: str, rounds: int, target: str) -> Cells:
+    took = median(lambda: connection.execute(query).fetchall(), rounds)
+    return [f"{name}: {title}", f"{took:.2f} s", "-", "-", target]
+
+
+def median(work: Callable[[], object], rounds: int) -> float:
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def processor_seconds(work: Callable[[], object]) -> float:
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Most bytes that this process' children, Ray's among them, or it itself held beyond what it held before."""
+    found, ended = [0], threading.Event()
+    me = psutil.Process()
+    before = me.memory_info().rss
+
+    def watch() -> None:
+        while not ended.wait(0.1):
+            total = max(0, me.memory_info().rss - before)
+            for child in me.children(recursive=True):
+                try:
+                    info = child.memory_info()
+                    total += info.rss - info.shared
+                except psutil.Error:
+                    continue
+            found[0] = max(found[0], total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
