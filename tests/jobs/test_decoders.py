@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
-from sae.jobs import aggregate, checkpoints, decoders
+from sae.jobs import aggregate, checkpoints, decoders, formats
 from sae.jobs.lake import Lake, connect
 from sae.model import Autoencoder
+from sae.schemas.tables import DECODERS
 from sae.sharded import part_of
 from tests.lakes import N_LATENTS, NAME, Small, encode, small_lake, train
 from tests.tiny_run import Lab, sae
@@ -123,3 +126,12 @@ def test_weights_that_are_no_longer_kept_are_told(small: Small, capsys: pytest.C
     aggregate.run(small.config)
     assert "the weights that encoded it" in capsys.readouterr().err
     assert small.lake.snapshot().version == version
+
+
+def test_weights_take_less_than_their_four_bytes(tmp_path: Path) -> None:
+    rows = torch.nn.functional.normalize(torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    table = pa.table({"atom": range(len(rows)), "direction": rows.tolist()}, schema=DECODERS)
+    assert formats.write("decoders", [table], str(tmp_path / "rows.parquet")) == len(rows)
+    assert (tmp_path / "rows.parquet").stat().st_size < 0.9 * rows.nbytes
+    found = duckdb.execute(f"select direction from '{tmp_path}/rows.parquet' order by atom").fetchall()
+    np.testing.assert_array_equal(np.array(found, np.float32)[:, 0], rows)
