@@ -101,6 +101,12 @@ def open_object(path: str, size: int | None = None) -> BinaryIO:
         return stores.open_object(path, size)
 
 
+def read_range(path: str, start: int, stop: int) -> bytes:
+    """Read a part of an object of a store, at least a byte; `stop` is behind its end."""
+    with reading(path):
+        return stores.read_range(path, start, stop)
+
+
 @contextmanager
 def local_copy(path: str) -> Iterator[str]:
     """Give a local path with the file's contents: its own, or that of a copy that is deleted afterwards.

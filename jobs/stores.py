@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 _SHAPES: Final = {"s3": "s3://bucket/key", "gs": "gs://bucket/name", "az": "az://account/container/name"}
 _PREFIXES: Final = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_EMULATOR_HOST")
 _READ_BUFFER: Final = 4 << 20
-_PART: Final = 16 << 20
+_PART: Final = 8 << 20
 _TRIES: Final = 5
-_TIMEOUT: Final = timedelta(seconds=30)
+_TIMEOUT: Final = timedelta(seconds=60)
 # obstore tries each request again for up to so long: on 5xx answers, and where it only reads on lost ones too.
 _RETRY: Final[Any] = {"max_retries": 8, "retry_timeout": timedelta(minutes=2)}
 
@@ -106,6 +106,12 @@ def head(path: str) -> "ObjectMeta | None":
 def read(path: str) -> bytes:
     """The whole object; raises FileNotFoundError where there is none."""
     return _patiently(lambda: obstore.get(*locate(path)).bytes().to_bytes())
+
+
+def read_range(path: str, start: int, stop: int) -> bytes:
+    """The object's bytes from `start` to before `stop`, at least one."""
+    store, key = locate(path)
+    return _patiently(lambda: obstore.get_range(store, key, start=start, end=stop).to_bytes())
 
 
 def walk(folder: str) -> list["ObjectMeta"]:

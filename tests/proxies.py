@@ -19,9 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from xml.sax.saxutils import escape
 
-Fault = Literal["500", "500 although done", "lost request", "lost answer", "cut", "slow"]
+Fault = Literal["500", "500 although done", "lost request", "lost answer", "cut", "slow", "403"]
 """What goes wrong: an error instead of the request, or after it was carried out; the connection breaks before or after
-that, or half way through the answer; or nothing comes for `SLOW_S` seconds."""
+that, or half way through the answer; nothing comes for `SLOW_S` seconds; or it is not allowed."""
 
 SLOW_S = 2.5
 _HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
@@ -66,6 +66,9 @@ class Proxy:
 
     def inject(self, fault: Fault, times: int = 1, when: Callable[[Request], bool] = lambda _: True) -> None:
         self._faults.extend([(fault, when)] * times)
+
+    def forget_faults(self) -> None:
+        self._faults.clear()
 
     @property
     def all_happened(self) -> bool:
@@ -120,7 +123,9 @@ class Proxy:
                 with proxy._lock:
                     proxy.requests.append(request)
                     fault = proxy._fault(request)
-                if fault in ("500", "lost request"):
+                if fault == "403":
+                    answer = Answer(403, body=b"<Error><Code>AccessDenied</Code></Error>")
+                elif fault in ("500", "lost request"):
                     answer = Answer(500, body=b"<Error><Code>InternalError</Code></Error>")
                 else:
                     answer = proxy.forward(request)

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
@@ -120,6 +121,42 @@ def test_a_missing_file_is_named(put: Put) -> None:
             read(path)
 
 
+def test_what_is_written_reads_back_and_goes_away(put: Put) -> None:
+    folder = put("write/x", b"").removesuffix("/x")
+    path = f"{folder}/new folder/ümlaut.bin"
+    began = time.time()
+    storage.write_atomic(path, b"old")
+    storage.write_atomic(path, lambda file: file.write(b"new"))
+    assert storage.read_bytes(path) == b"new"
+    assert began - 2 < storage.modified(path) < time.time() + 2
+    assert storage.list_files(folder) == ["new folder/ümlaut.bin", "x"]
+    with storage.local_copy(path) as local:
+        assert Path(local).read_bytes() == b"new"
+    storage.remove(path)
+    storage.remove(path)
+    assert storage.list_files(folder) == ["x"]
+    assert storage.read_if_there(path) is None
+
+
+def test_the_first_of_two_is_kept(put: Put) -> None:
+    path = put("absent/x", b"").removesuffix("x") + "1.json"
+    assert storage.put_if_absent(path, b"first")
+    assert not storage.put_if_absent(path, b"second")
+    assert storage.read_bytes(path) == b"first"
+
+
+def test_a_write_that_fails_is_not_seen(put: Put) -> None:
+    folder = put("failed/x", b"").removesuffix("/x")
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_atomic(f"{folder}/y", fail)
+    assert storage.list_files(folder) == ["x"]
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_a_missing_bucket_is_named(store: str) -> None:
     with serve(store) as put:
@@ -127,6 +164,14 @@ def test_a_missing_bucket_is_named(store: str) -> None:
         assert not storage.exists(path)
         with pytest.raises(StorageError, match="other-bucket/x: no such file"):
             storage.read_bytes(path)
+        with pytest.raises(StorageError, match=r"cannot write .*other-bucket/x: no such bucket; create it"):
+            storage.write_atomic(path, b"")
+
+
+@pytest.mark.parametrize("path", ["s3://", "s3:///x", "gs://", "az://account", "az://account/"])
+def test_a_path_without_a_bucket_is_told(path: str) -> None:
+    with pytest.raises(StorageError, match="names no bucket; write "):
+        storage.read_bytes(path)
 
 
 def test_an_s3_object_that_changes_while_it_is_read_is_noticed() -> None:
