@@ -332,7 +332,7 @@ def write_views(lake: Lake) -> None:
     A file that is right already is left alone.
     """
     snapshot = lake.snapshot()
-    text = views.statements(lake.path, snapshot.files.values(), snapshot.properties).encode()
+    text = views.statements(storage.duckdb_url(lake.path), snapshot.files.values(), snapshot.properties).encode()
     path = lake.absolute(VIEWS_FILE)
     if not storage.exists(path) or storage.read_bytes(path) != text:
         storage.write_atomic(path, text)

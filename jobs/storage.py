@@ -74,6 +74,12 @@ def join(base: str, *parts: str) -> str:
     return base
 
 
+def duckdb_url(path: str) -> str:
+    """Return the path as DuckDB's own extensions for object stores take it."""
+    account, _, rest = path.removeprefix("az://").partition("/")
+    return f"az://{account}.blob.core.windows.net/{rest}" if scheme(path) == "az" else path
+
+
 # Reading
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from email.utils import formatdate
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import IO, Any
 
 import blobfile
 import pytest
@@ -96,9 +97,16 @@ def _serve_gcs() -> Iterator[Served]:
             _request("POST", f"{server.url}/upload/storage/v1/b/bucket/o?{query}", data)
             return f"gs://bucket/{name}"
 
-        with server._process.stderr, GcsFront(server.url) as front:  # the wrapper leaves it open
+        # The server writes a line for each request into a pipe that the wrapper neither reads nor closes.
+        threading.Thread(target=_drain, args=[server._process.stderr], daemon=True).start()
+        with GcsFront(server.url) as front:
             patch.setenv("STORAGE_EMULATOR_HOST", front.url)
             yield put, front
+
+
+def _drain(pipe: IO[bytes]) -> None:
+    with pipe:
+        pipe.read()
 
 
 @contextmanager
