@@ -102,12 +102,25 @@ def read(
 
     With `prefix` only those whose names begin with it, without it.
     """
-    pieces = [(start, stop, number) for number, shard in enumerate(shards) for start, stop in shard["latents"]]
-    wanted = latents if latents is not None else [range(start, stop) for start, stop, _ in sorted(pieces)]
+    with open_shards(lake, snapshot, shards) as files:
+        return read_opened(files, shards, latents, prefix)
+
+
+@contextmanager
+def open_shards(lake: Lake, snapshot: Snapshot, shards: Shards) -> Iterator[list[Opened]]:
+    """The files of a checkpoint, for `read_opened`, piece by piece."""
     with ExitStack() as files:
-        opened = [_opened(lake, snapshot.files[shard["path"]], files) for shard in shards]
-        names = {name: file for _, file in reversed(opened) for name in list(file.keys()) if name.startswith(prefix)}
-        return {name.removeprefix(prefix): _tensor(name, opened, names[name], shards, wanted) for name in names}
+        yield [_opened(lake, snapshot.files[shard["path"]], files) for shard in shards]
+
+
+def read_opened(
+    opened: list[Opened], shards: Shards, latents: list[range] | None = None, prefix: str = ""
+) -> dict[str, Tensor]:
+    """What `read` gives, from files that are open."""
+    pieces = [(start, stop) for shard in shards for start, stop in shard["latents"]]
+    wanted = latents if latents is not None else [range(start, stop) for start, stop in sorted(pieces)]
+    names = {name: file for _, file in reversed(opened) for name in list(file.keys()) if name.startswith(prefix)}
+    return {name.removeprefix(prefix): _tensor(name, opened, names[name], shards, wanted) for name in names}
 
 
 def _tensor(name: str, opened: list[Opened], anywhere: Any, shards: Shards, wanted: list[range]) -> Tensor:

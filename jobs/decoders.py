@@ -9,9 +9,10 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from sae.jobs import checkpoints, progress
-from sae.jobs.lake import Lake, Snapshot
+from sae.jobs.lake import Lake
 from sae.schemas.tables import DECODERS
 
 _FILE_BYTES: Final = 256 << 20
@@ -31,27 +32,29 @@ def refresh(lake: Lake, name: str) -> None:
     if place is None:
         progress.say(f"aggregate: no decoders of {name}, the weights that encoded it ({encoded_with}) are not kept")
         return
+    shards, prefix = place
     state = snapshot.properties[f"autoencoder/{name}"]
+    tied: bool = state["config"]["tied"]
+    prefix += "encoder." if tied else "decoder."
     atoms_per_file = max(1, _FILE_BYTES // (4 * state["d_model"]))
-    with lake.transaction("decoders") as transaction:
+    with checkpoints.open_shards(lake, snapshot, shards) as files, lake.transaction("decoders") as transaction:
         transaction.remove(snapshot.select("decoders", autoencoder=name))
         for start in range(0, state["n_latents"], atoms_per_file):
             atoms = range(start, min(start + atoms_per_file, state["n_latents"]))
-            rows = _rows(lake, snapshot, place, state["config"]["tied"], atoms)
+            weight = checkpoints.read_opened(files, shards, [atoms], prefix)["weight"]
+            # An encoder is [n, d], a decoder [d, n].
+            rows = _rows(weight if tied else weight.T, atoms.start)
             transaction.write("decoders", rows, autoencoder=name)
         transaction.set(f"decoders/{name}", encoded_with)
 
 
-def _rows(lake: Lake, snapshot: Snapshot, place: checkpoints.Place, tied: bool, atoms: range) -> Iterator[pa.Table]:
-    """Batches of a row group each."""
-    (shards, prefix), owner = place, "encoder." if tied else "decoder."
-    weight = checkpoints.read(lake, snapshot, shards, [atoms], prefix + owner)["weight"]
-    # An encoder is [n, d], a decoder [d, n].
-    directions = torch.nn.functional.normalize((weight if tied else weight.T).float(), dim=1)
-    for part in directions.split(max(1, _GROUP_BYTES // (4 * directions.shape[1]))):
-        n, width = part.shape
+def _rows(dictionary: Tensor, first: int) -> Iterator[pa.Table]:
+    """Unit-norm rows of a dictionary [n, d] whose first atom is told, in batches of a row group each."""
+    for part in dictionary.split(max(1, _GROUP_BYTES // (4 * dictionary.shape[1]))):
+        directions = torch.nn.functional.normalize(part.float(), dim=1).contiguous()
+        n, width = directions.shape
         offsets = pa.array(np.arange(0, n * width + 1, width, dtype=np.int32))
-        rows = pa.ListArray.from_arrays(offsets, pa.array(part.contiguous().numpy().reshape(-1)))
-        numbers = pa.array(np.arange(atoms.start, atoms.start + n, dtype=np.int32))
+        rows = pa.ListArray.from_arrays(offsets, pa.array(directions.numpy().reshape(-1)))
+        numbers = pa.array(np.arange(first, first + n, dtype=np.int32))
         yield pa.table([numbers, rows.cast(DECODERS.field("direction").type)], schema=DECODERS)
-        atoms = atoms[n:]
+        first += n

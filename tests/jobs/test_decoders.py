@@ -1,5 +1,6 @@
 """The table `decoders`: the directions of the weights that encoded, as rows, through every change of the lake."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import duckdb
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from sae.jobs import aggregate, checkpoints, decoders, formats
-from sae.jobs.lake import Lake, connect
+from sae.jobs.lake import DataFile, Lake, connect
 from sae.model import Autoencoder
 from sae.schemas.tables import DECODERS
 from sae.sharded import part_of
@@ -58,7 +59,17 @@ def test_files_are_ranges_of_atoms(
     monkeypatch.setattr(decoders, "_GROUP_BYTES", group_rows * whole[0].nbytes)
     with lake.transaction("forget") as transaction:
         transaction.set(f"decoders/{NAME}", None)
+    # From an object store each time is a download.
+    opened: list[str] = []
+    local = Lake.local
+
+    def noted(lake: Lake, file: DataFile) -> AbstractContextManager[str]:
+        opened.append(file.table)
+        return local(lake, file)
+
+    monkeypatch.setattr(Lake, "local", noted)
     aggregate.run(small.config)
+    assert opened == ["checkpoints"]
     files = sorted(file.atoms for file in lake.snapshot().select("decoders") if file.atoms)
     assert files == [(first, min(first + file_rows, N_LATENTS) - 1) for first in range(0, N_LATENTS, file_rows)]
     np.testing.assert_array_equal(directions(small.config.lake), whole)
