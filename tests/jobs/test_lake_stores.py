@@ -307,6 +307,15 @@ def test_a_bucket_that_may_only_be_read_is_told(lake: Lake, proxy: Proxy) -> Non
     assert atoms(Lake(lake.path)) == [0]
 
 
+def test_a_wrong_key_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve_through_proxy("az") as (bucket, _):  # the emulator that checks signatures
+        monkeypatch.setenv("AZURE_STORAGE_KEY", "d3Jvbmc=")  # pragma: allowlist secret
+        with pytest.raises(StorageError, match=r"lake/.*: permission denied; set AZURE_STORAGE_ACCOUNT and AZURE"):
+            Lake(f"{bucket}/lake")
+        with pytest.raises(StorageError, match=r"cannot write .*/lake/x: permission denied; use a bucket that you may"):
+            storage.write_atomic(f"{bucket}/lake/x", b"")
+
+
 def test_a_place_without_a_lake_is_told(served: Served) -> None:
     with pytest.raises(LakeError, match="nothing/here: no lake here"):
         Lake(f"{served[0]}/nothing/here")
