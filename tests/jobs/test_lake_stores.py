@@ -324,8 +324,8 @@ def test_a_place_without_a_lake_is_told(served: Served) -> None:
 # The steps
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("store", [pytest.param(store, marks=pytest.mark.long) for store in STORES])
 def test_the_pipeline_gives_the_same_rows_as_in_a_folder(finished: Lab, store: str, tmp_path: Path) -> None:
     with serve_through_proxy(store) as (bucket, _):
         url = f"{bucket}/lake"
@@ -333,7 +333,7 @@ def test_the_pipeline_gives_the_same_rows_as_in_a_folder(finished: Lab, store: s
         arguments = [f"--{key}={json.dumps(value)}" for key, value in overrides.items()]
         # In a process of its own: the workers of a Ray that runs already know nothing of this store.
         command = [sys.executable, "-m", "sae.jobs.cli", "run", str(finished.config), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         local, remote = connect(str(finished.lake)), connect(url)
         for table, order in ORDER.items():
