@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from sae.jobs import storage, stores
+from sae.jobs import formats, storage, stores
 from sae.jobs.lake import Lake, connect, write_views
 from sae.jobs.verify import damages
 from sae.schemas.errors import ConflictError, LakeError, StorageError
@@ -135,6 +135,19 @@ def test_a_large_file_arrives_in_parts_and_whole(lake: Lake) -> None:
         assert Path(local).read_bytes() == data
     assert not Path(local).exists()
     assert list(damages(lake)) == []
+
+
+def test_vectors_stay_mapped_when_the_copy_they_were_read_from_is_gone(lake: Lake) -> None:
+    ids, pos, vectors = np.arange(5), np.zeros(5, np.uint16), np.arange(20, dtype=np.float16).reshape(5, 4)
+    with lake.transaction("harvest") as transaction:
+        file = transaction.write_with(
+            "activations", "arrow", lambda path: formats.write_vectors(ids, pos, vectors, path)
+        )
+    with lake.local(file) as local:
+        found_ids, found = formats.map_vectors(local)
+    assert not Path(local).exists()
+    assert (found_ids == ids).all()
+    assert (found == vectors).all()
 
 
 def put(path: str, data: bytes) -> None:
