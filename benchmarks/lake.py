@@ -31,7 +31,8 @@ from safetensors.numpy import save_file
 
 from benchmarks._report import RESULTS, finish, machine
 from benchmarks._synthetic_lake import NAME, Shape, drawn, grow
-from sae.jobs import formats, views
+from sae.jobs import formats
+from sae.jobs.aggregate import merged_atoms
 from sae.jobs.lake import Lake, connect
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
@@ -160,9 +161,9 @@ def of_questions(name: str, folder: Path, rounds: int) -> Iterator[Cells]:
     every = "select atom, count(*), sum(act::double), sum(act::double ** 2), max(act) from latents group by atom"
     yield asked(name, "statistics of all atoms, from rows", connection, every, rounds, "3 s of 100M")
     if name == "runs":
+        lake = Lake(str(folder))
         n = connection.execute("select max(atom) + 1 from moments").fetchall()[0][0]
-        merged = {"autoencoder": NAME, "n_tokens": 10**9, "n_latents": n}
-        took = median(lambda: connection.execute(views.query("atoms"), merged).fetchall(), rounds)
+        took = median(lambda: merged_atoms(lake, lake.snapshot(), NAME, n), rounds)
         yield [f"{name}: statistics of all atoms, from partials", f"{took:.2f} s", "-", "-", "1 s of 500M"]
     counts = connection.execute("select atom from moments group by atom order by sum(n_active) desc, atom").fetchall()
     for title, at in (("hot", 0), ("middle", len(counts) // 2), ("rare", len(counts) - len(counts) // 100 - 1)):

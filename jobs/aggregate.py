@@ -1,13 +1,16 @@
 """Step aggregate: merges the partial statistics of an autoencoder's runs into the tables `atoms` and `examples`."""
 
-from typing import Final
+from collections.abc import Iterable, Iterator
 
+import numpy as np
+import pyarrow as pa
+
+from sae import statistics
 from sae.jobs import checkpoints, contexts, decoders, progress, runs, views
-from sae.jobs.lake import Lake, Snapshot, connect, write_views
+from sae.jobs.lake import DataFile, Lake, Snapshot, connect, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import IncompleteError
-
-_MERGED: Final = ("atoms", "examples")
+from sae.schemas.tables import ATOMS
 
 
 def run(config: Run) -> None:
@@ -38,19 +41,31 @@ def merge(lake: Lake, snapshot: Snapshot, name: str, merged_from: list[str]) -> 
     """Replaces `atoms` and `examples` of an autoencoder by what its runs of the snapshot give."""
     state = checkpoints.state_of(snapshot, name)
     n_tokens = sum(file.tokens for file in snapshot.select("moments", autoencoder=name))
-    given = {
-        "atoms": {"n_tokens": n_tokens, "n_latents": state["n_latents"]},
-        "examples": {"n": snapshot.properties[f"encode/{name}"]["examples"]},
-    }
+    atoms = merged_atoms(lake, snapshot, name, state["n_latents"])
     connection = connect(lake.path, snapshot.version)
+    given = {"autoencoder": name, "n": snapshot.properties[f"encode/{name}"]["examples"]}
+    examples = connection.sql(views.query("examples"), params=given).to_arrow_table()
     with lake.transaction("aggregate") as transaction:
-        for table in _MERGED:
+        for table, rows in (("atoms", atoms), ("examples", examples)):
             transaction.remove(snapshot.select(table, autoencoder=name))
-            rows = connection.sql(views.query(table), params={"autoencoder": name, **given[table]})
-            transaction.write(table, rows.to_arrow_table(), autoencoder=name)
+            transaction.write(table, rows, autoencoder=name)
         transaction.set(f"aggregate/{name}", merged_from)
-    live = len(set(lake.read(snapshot.select("moments", autoencoder=name), ["atom"])["atom"].to_pylist()))
+    live = int(np.count_nonzero(atoms["n_active"].to_numpy()))
     progress.say(f"aggregate: {live:,} of {state['n_latents']:,} atoms fire, over {n_tokens:,} tokens")
+
+
+def merged_atoms(lake: Lake, snapshot: Snapshot, name: str, n_latents: int) -> pa.Table:
+    """The table `atoms` of an autoencoder, from the moments of its runs."""
+    files = sorted(snapshot.select("moments", autoencoder=name), key=lambda file: (file.corpus or "", file.run or 0))
+    partials = ({column: found[column].to_numpy() for column in found.column_names} for found in _each(lake, files))
+    columns = statistics.atoms(partials, n_latents, max(1, sum(file.tokens for file in files)))
+    arrays = [pa.array(columns[field.name], from_pandas=field.nullable) for field in ATOMS]
+    return pa.table(arrays, names=ATOMS.names).cast(ATOMS)
+
+
+def _each(lake: Lake, files: Iterable[DataFile]) -> Iterator[pa.Table]:
+    for file in files:
+        yield lake.read([file])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A run holds m rows (atom int32, context_id int64, pos uint16, act float32), sort
 All functions are deterministic: the same rows give the same bytes, whatever order they arrived in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, Self
 
@@ -19,6 +19,7 @@ Columns = dict[str, Array]
 MANTISSA_DROPPED: Final = 13  # float32 has 23 mantissa bits; 10 are stored
 ACT_CODES: Final = 1 << (31 - MANTISSA_DROPPED)  # rounded positive values
 _BLOCK: Final = 16_384
+_POWERS: Final = ("sum_act", "sum_act2", "sum_act3", "sum_act4")
 
 
 def round_act(act: Array) -> Array:
@@ -153,7 +154,7 @@ class SortedRun:
             "n_active": np.diff(np.append(starts, len(self))).astype(np.int64),
         }
         power = np.ones_like(act)
-        for name in ("sum_act", "sum_act2", "sum_act3", "sum_act4"):
+        for name in _POWERS:
             power = power * act
             columns[name] = _reduce(np.add, power, starts)
         columns["max_act"] = _reduce(np.maximum, self.act, starts)
@@ -219,6 +220,39 @@ class SortedRun:
         kept = np.add.reduceat(keep, starts) if len(starts) else counts
         keep |= np.repeat(kept < np.minimum(counts, n), counts)
         return np.flatnonzero(keep)
+
+
+def atoms(partials: Iterable[Columns], n_atoms: int, n_tokens: int) -> Columns:
+    """One row per atom from the moments of runs, over all n_tokens, zeros included; skew and kurtosis are NaN where it
+    never fired.
+
+    mean_act = E[a], skew = E[a^3] / E[a^2]^1.5, kurtosis = E[a^4] / E[a^2]^2. Addition of floats is not associative:
+    the same runs must come in the same order.
+    """
+    n_active, max_act = np.zeros(n_atoms, np.int64), np.zeros(n_atoms)
+    means = [np.zeros(n_atoms) for _ in _POWERS]
+    for run in partials:
+        atom = run["atom"]
+        n_active[atom] += run["n_active"]
+        max_act[atom] = np.maximum(max_act[atom], run["max_act"])
+        for total, name in zip(means, _POWERS, strict=True):
+            total[atom] += run[name]
+    for total in means:
+        total /= n_tokens
+    mean, square, cube, fourth = means
+    with np.errstate(divide="ignore", invalid="ignore"):
+        skew, kurtosis = cube / (square * np.sqrt(square)), fourth / (square * square)
+    return {
+        "atom": np.arange(n_atoms, dtype=np.int32),
+        "n_active": n_active,
+        "n_tokens": np.full(n_atoms, n_tokens),
+        "density": n_active / n_tokens,
+        "mean_act": mean,
+        "mean_act_squared": square,
+        "skew": skew,
+        "kurtosis": kurtosis,
+        "max_act": max_act,
+    }
 
 
 def _order(atom: Array, hashed: Array) -> Array:

@@ -221,3 +221,25 @@ def test_bins_that_are_too_narrow_to_be_numbered_are_refused() -> None:
     assert run.histogram(2.0**-30)["bin"].tolist() == [2**30]
     with pytest.raises(ConfigError, match=r"encode\.bin_width: got 4\.\d+e-10, too narrow .*; widen it"):
         run.histogram(2.0**-31)
+
+
+@given(ROWS, st.integers(1, 5), st.integers(0, 3))
+def test_atoms_of_several_runs_are_those_of_all_rows(rows: list[Row], n_runs: int, more_tokens: int) -> None:
+    n_atoms, n_tokens = 6, 200 + more_tokens
+    runs = [sorted_run([row for row in rows if row[1] % n_runs == run]) for run in range(n_runs)]
+    found = statistics.atoms((run.moments() for run in runs), n_atoms, n_tokens)
+    by_atom = stored(rows)
+    for atom in range(n_atoms):
+        acts = np.array([act for _, _, act in by_atom.get(atom, [])])
+        mean, square, cube, fourth = (float((acts**power).sum()) / n_tokens for power in range(1, 5))
+        assert found["n_active"][atom] == len(acts)
+        assert found["density"][atom] == len(acts) / n_tokens
+        assert found["max_act"][atom] == acts.max(initial=0)
+        assert found["mean_act"][atom] == pytest.approx(mean)
+        assert found["mean_act_squared"][atom] == pytest.approx(square)
+        if len(acts):
+            assert found["skew"][atom] == pytest.approx(cube / square**1.5)
+            assert found["kurtosis"][atom] == pytest.approx(fourth / square**2)
+        else:
+            assert np.isnan(found["skew"][atom])
+            assert np.isnan(found["kurtosis"][atom])
