@@ -35,5 +35,5 @@ def test_the_command_prints_an_entry_of_each_op_that_runs_here() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["benchmark"] == "tune"
-    assert found["shipped"].keys() == {"product", "select_few", "reconstruct"}
+    assert found["shipped"].keys() == {"product", "select_few", "reconstruct", "update_narrow"}
     assert all(settings in OPS[op].candidates for op, settings in found["shipped"].items())
