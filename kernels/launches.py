@@ -81,7 +81,7 @@ OPS: Mapping[str, Op] = {
     "update_narrow": Op(
         default=_entries(1, 4),
         shipped={H100: _entries(1, 4), A100: _entries(1, 4)},
-        candidates=tuple(_entries(warps, tile) for warps in (1, 2, 4) for tile in (2, 4, 8)),
+        candidates=tuple(_entries(warps, tile) for warps in (1, 2) for tile in (2, 4)),
     ),
     "update": Op(
         default=_entries(4, 2),
