@@ -54,7 +54,7 @@ def _source(path: str) -> str | BinaryIO:
 
 
 def _damaged(path: str, error: Exception) -> LakeError:
-    return LakeError(f"{path}: damaged or unreadable Parquet file ({error}); restore it from a copy")
+    return LakeError(f"{path}: damaged or unreadable file ({' '.join(str(error).split())}); restore it from a copy")
 
 
 def parquet(path: str) -> pq.ParquetFile:

@@ -566,8 +566,8 @@ def _compiled(dtype: str, d: int, chosen: Settings, capabilities: tuple[int, ...
 COMPILED = [
     *(
         variant
-        for dtype in ("bf16", "fp32")
-        for d in (64, 768, 4096)
+        for dtype, widths in (("bf16", (64, 768, 4096)), ("fp32", (768,)))
+        for d in widths
         for of in tuning.variants(update_op(d))
         for variant in _compiled(dtype, d, *of)
     ),
