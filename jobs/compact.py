@@ -104,7 +104,9 @@ def _written_each(lake: Lake, config: Run, chains: list[merge.Chain], ranges: li
         yield _written(*given, ranges[0])
         return
     with cluster.connected(config):
-        task = ray.remote(num_cpus=1, memory=config.compact.memory_mb * _MB)(_written)
+        # A node with less memory than asked for still runs one at a time.
+        largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+        task = ray.remote(num_cpus=1, memory=min(config.compact.memory_mb * _MB, int(largest)))(_written)
         pending = [task.remote(*given, each) for each in ranges]
         try:
             while pending:
