@@ -38,15 +38,15 @@ def run(config: Run) -> None:
     files = lake.snapshot().select("latents", autoencoder=name)
     if not files:
         raise IncompleteError(f"compact: {name} has no latents in {config.lake}; run sae encode first")
-    before = len(files)
+    before = files
     while chosen := _worth_merging(lake.snapshot(), config):
         _merge(lake, config, chosen)
     files = lake.snapshot().select("latents", autoencoder=name)
-    if len(files) == before:
+    if files == before:
         progress.say(f"compact: the latents of {name} are compact")
         return
     write_views(lake)
-    progress.say(f"compact: {before} files of {name} became {len(files)}")
+    progress.say(f"compact: {len(before)} files of {name} became {len(files)}")
 
 
 def _worth_merging(snapshot: Snapshot, config: Run) -> list[_Sorted]:

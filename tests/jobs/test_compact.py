@@ -161,6 +161,18 @@ def test_several_ranges_are_made_side_by_side(tmp_path: Path, one_ray: None, mon
     assert rows_of(tmp_path) == before
 
 
+def test_as_many_files_as_before_are_other_files(
+    tmp_path: Path, one_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(formats._ROW_GROUP, "latents", 8)
+    add_runs(tmp_path, range(2))
+    compact.run(config(tmp_path, file_rows=48))
+    files = Lake(str(tmp_path)).snapshot().select("latents")
+    assert [file.run for file in files] == [None, None]
+    views = (tmp_path / "views.sql").read_text()
+    assert all(file.path in views for file in files)
+
+
 def test_more_runs_than_memory_has_room_for(tmp_path: Path) -> None:
     add_runs(tmp_path, range(11))
     before = rows_of(tmp_path)
