@@ -3,7 +3,6 @@ beside plain ways to keep and ask the same: token-major Parquet with a writer's 
 safetensors cache of locations and activations.
 
 The lake is made in --folder, or added to where one is there already; --runs 12 hold 95 million nonzeros, 64 hold 500.
-What alternatives are asked is one run; the sort and compact rows say how many rows they had.
 """
 
 import argparse
@@ -59,7 +58,6 @@ def main() -> None:
         folder = args.folder or Path(scratch) / "lake"
         grow(str(folder), shape, args.runs)
         table = list(measured(folder, Path(scratch), shape, args.rounds))
-    rows = sum(file.rows for file in Lake(str(folder)).snapshot().select("latents")) if args.folder else 0
     caption = f"{args.runs} runs of {shape.run_tokens:,} tokens, {os.cpu_count()} cores; medians of {args.rounds}."
     result = {
         "benchmark": "lake",
@@ -68,7 +66,7 @@ def main() -> None:
         "caption": caption,
         "columns": COLUMNS,
         "table": table,
-        "rows": rows,
+        "rows": [dict(zip(COLUMNS, cells, strict=True)) for cells in table],
     }
     finish(result, args.save, args.json)
 

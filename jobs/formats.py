@@ -126,6 +126,6 @@ def map_vectors(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     try:
         batch = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
     except (pa.ArrowInvalid, OSError) as error:
-        raise LakeError(f"{path}: damaged or unreadable Arrow file ({error}); restore it from a copy") from None
+        raise _damaged(path, error) from None
     vectors = batch["vector"]
     return batch["context_id"].to_numpy(), np.asarray(vectors.values).reshape(len(vectors), vectors.type.list_size)

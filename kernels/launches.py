@@ -43,8 +43,9 @@ def _entries(warps: int, tile: int) -> Settings:
     return {"TILE": tile, "num_warps": warps}
 
 
-# Those of H100 were measured on an H200 (benchmarks/results) but for select_most; those of A100 were not measured: they
-# are compiled for it, without spilled registers and within its shared memory.
+# Those of H100 were measured on an H200 (benchmarks/results) but for update_narrow, and update_wide only at 4096
+# features; those of A100 were not measured: they are compiled for it, without spilled registers and within its shared
+# memory.
 OPS: Mapping[str, Op] = {
     # BN must divide 128, to which the output is padded.
     "product": Op(
