@@ -27,7 +27,7 @@ side_by_side() {
     shift 2
     for tests in "$@"; do
         # shellcheck disable=SC2086
-        $check $tests >"$logs/$stage-$(basename "${tests%% *}" .py).log" 2>&1 &
+        $check $tests >"$logs/$stage-$(basename "${tests//[^[:alnum:]\/_]/-}").log" 2>&1 &
     done
     wait
     tail -n 12 "$logs/$stage"-*.log
@@ -46,7 +46,9 @@ for stage in "$@"; do
             "tests/jobs/test_prefetch.py tests/jobs/test_activations.py $alone"
         ;;
     memcheck | racecheck)
-        side_by_side "$stage" "sanitizer $stage" tests/kernels/test_fused.py tests/kernels/test_reference_ops.py
+        fused=tests/kernels/test_fused.py
+        side_by_side "$stage" "sanitizer $stage" "$fused -k update" "$fused -k centre" "$fused -k dense_latents" \
+            "$fused -k not(update)and(not(centre))and(not(dense_latents))" tests/kernels/test_reference_ops.py
         ;;
     tune) bench tune --rounds 5 --budget 1 ;;
     quick)

@@ -198,7 +198,8 @@ def _sum_torch(of: SparseGradient, weights: Tensor, dense: Tensor, latents: slic
     """For each of the latents, the sum over its entries of weights [B, k] times rows of dense [B, c]: [n, c]."""
     starts = of.index.starts[latents.start : latents.stop + 1]
     entries = of.index.entries[int(starts[0]) : int(starts[-1])]
-    return segment_sums(entries // weights.shape[1], weights.flatten()[entries], starts - starts[0], dense)
+    rows, dense = entries // weights.shape[1], dense.to(weights.dtype)
+    return segment_sums(rows, weights.flatten()[entries], starts - starts[0], dense)
 
 
 def _bias_torch(of: SparseGradient) -> Tensor:

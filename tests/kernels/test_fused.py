@@ -296,6 +296,13 @@ def test_update_in_one_pass_and_in_two(
             torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=3e-5)
 
 
+def test_the_twin_adds_up_gradients_of_bfloat16_in_float32() -> None:
+    of, every = gradient_of(CPU, torch.bfloat16, 40, 17, 23, 3, hot=True, dead=False), slice(0, 23)
+    found = update.gradients(of, every)
+    expected = update.gradients(replace(of, error=of.error.float(), centred=of.centred.float()), every)
+    assert all(torch.equal(mine, other) for mine, other in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_entries_of_no_latent_count_for_nothing(device: str) -> None:
     n, k = 9, 4
