@@ -5,6 +5,7 @@ under names nobody reads, then links entry N+1 into the log if nobody else has; 
 A unit of work (`encode/demo/sotu/3`) can be committed once, so that a retried task changes nothing.
 """
 
+import calendar
 import dataclasses
 import itertools
 import posixpath
@@ -36,6 +37,8 @@ _DATA_FILE: Final = r"[a-z_]+/(.+/)?[0-9a-f]{16}\.[a-z]+"
 _TEMPORARY: Final = r"(.+/)?\.tmp-[0-9a-f]{32}"
 _CHECKPOINT: Final = re.compile(r"_log/\d{20}\.checkpoint\.json")
 _OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}|{_CHECKPOINT.pattern}")
+_CREATED: Final = "%Y-%m-%dT%H:%M:%SZ"
+_LONG_AGO: Final = "1970-01-01T00:00:00Z"
 _FEW_FILES: Final = 16  # of an object store, up to which asking for each is cheaper than a listing
 
 
@@ -100,15 +103,24 @@ class Lake:
         with storage.local_copy(path) as local:
             yield local
 
+    def check_room(self, n_bytes: int) -> None:
+        """Raises StorageError where that much does not fit onto the disk of a lake that is on one."""
+        free = storage.free_bytes(self.path) if storage.is_local(self.path) else n_bytes
+        if free < n_bytes:
+            raise StorageError(
+                f"{self.path}: needs {n_bytes / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free; free some space, with "
+                "sae gc for instance, or use another disk"
+            )
+
     def read(self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None) -> pa.Table:
         return pa.concat_tables([formats.read(path, columns, filters) for path in self.verified(files)])
 
     def collect_garbage(self, older_than_s: float) -> list[str]:
-        """Deletes files that the newest version does not use and that are older than the given age, in seconds."""
+        """Deletes files that are older than the given age, in seconds, and as long not used by the newest version."""
         deadline = time.time() - older_than_s
         # Listed first: what is committed between the two is then in use.
         found = storage.list_files(self.path) + storage.list_files(self.path, temporary=True)
-        used = self.snapshot().files
+        used = self._used_since(deadline)
         # A reader that has just read which checkpoint is the last one finds it.
         spared = sorted(filter(_CHECKPOINT.fullmatch, found))[-2:]
         garbage = [
@@ -123,12 +135,27 @@ class Lake:
             storage.remove(self.absolute(path))
         return garbage
 
+    def _used_since(self, time_s: float) -> set[str]:
+        """Paths of the newest version, and of those that were the newest at that time or later.
+
+        A reader may have opened one of these a moment before it was replaced, however old its files are.
+        """
+        newest = self.snapshot()
+        used = set(newest.files)
+        for version in range(newest.version, 0, -1):
+            entry = self.log.entry(version)
+            if entry is None or _seconds(entry.get("created", _LONG_AGO)) < time_s:
+                break
+            used.update(entry["remove"])
+        return used
+
 
 class Transaction:
     """Files and properties that become visible together, or not at all.
 
     As a context manager it commits on leaving; on an exception its files are deleted. Raises ConflictError when the
-    unit, a property it changed or a file it removes was changed by another writer since it began.
+    unit, a property it changed or a file it removes was changed by another writer since it began, or what it requires
+    no longer holds.
     """
 
     def __init__(self, lake: Lake, operation: str, unit: str | None) -> None:
@@ -140,6 +167,7 @@ class Transaction:
         self._remove: list[str] = []
         self._forget: list[str] = []
         self._set: dict[str, Any] = {}
+        self._requirements: list[tuple[Callable[[Snapshot], bool], str]] = []
 
     def __enter__(self) -> Self:
         return self
@@ -219,6 +247,16 @@ class Transaction:
     def remove(self, files: Iterable[DataFile]) -> None:
         self._remove.extend(file.path for file in files)
 
+    @property
+    def removed(self) -> frozenset[str]:
+        """Paths of the files that go."""
+        return frozenset(self._remove)
+
+    @property
+    def added(self) -> list[DataFile]:
+        """The files that come."""
+        return list(self._add)
+
     def forget(self, units: Iterable[str]) -> None:
         """Lets units of work be done again."""
         self._forget.extend(units)
@@ -226,6 +264,10 @@ class Transaction:
     def set(self, key: str, value: Any) -> None:
         """Sets a property (plain JSON); None deletes it."""
         self._set[key] = value
+
+    def require(self, holds: Callable[[Snapshot], bool], otherwise: str) -> None:
+        """Commits only if this is true of the version before; else the error says what another writer did."""
+        self._requirements.append((holds, otherwise))
 
     def _commit(self) -> None:
         while True:
@@ -239,7 +281,7 @@ class Transaction:
                     "version": now.version + 1,
                     "operation": self._operation,
                     "unit": self._unit,
-                    "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                    "created": time.strftime(_CREATED, time.gmtime()),
                     "add": [file.to_json() for file in self._add],
                     "remove": self._remove,
                     "forget": self._forget,
@@ -270,12 +312,20 @@ class Transaction:
         for key, value in self._set.items():
             if now.properties.get(key) not in (self.base.properties.get(key), value):
                 raise ConflictError(f"{key}: changed by another writer meanwhile; run the step again")
+        for holds, otherwise in self._requirements:
+            if not holds(now):
+                raise ConflictError(f"{otherwise} by another writer meanwhile; run the step again")
 
     def discard(self) -> None:
         """Deletes the files written so far; where that fails, they are garbage."""
         for file in self._add:
             with suppress(StorageError):
                 storage.remove(self.lake.absolute(file))
+
+
+def _seconds(created: str) -> int:
+    """Since the epoch."""
+    return calendar.timegm(time.strptime(created, _CREATED))
 
 
 def _new_path(table: str, suffix: str, *folders: str | None) -> str:

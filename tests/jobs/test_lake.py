@@ -1,6 +1,7 @@
 """The commit protocol: a commit is seen whole or not at all, whoever writes at the same time or dies while writing."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -245,6 +246,31 @@ def test_a_file_that_two_writers_remove_is_a_conflict(lake: Lake) -> None:
     with pytest.raises(ConflictError, match="removed by another writer"):
         both()
     assert atoms(lake) == [1]
+
+
+def test_what_a_transaction_requires_is_asked_of_the_version_that_it_follows(lake: Lake) -> None:
+    def while_another_adds() -> None:
+        with lake.transaction("drop") as mine:
+            known = set(mine.base.files)
+            mine.require(lambda now: set(now.files) == known, "latents: added to")
+            mine.write("latents", latents((1, 0, 0, 1.0)), autoencoder="a")
+            add(Lake(lake.path), 7)
+
+    with pytest.raises(ConflictError, match=r"^latents: added to by another writer meanwhile; run the step again$"):
+        while_another_adds()
+    assert on_disk(lake) == set(lake.snapshot().files)
+
+
+def test_a_reader_of_what_was_the_newest_version_a_moment_ago_keeps_its_files(lake: Lake) -> None:
+    reader = connect(lake.path)
+    (old,) = lake.snapshot().select("latents")
+    # Written long ago, replaced just now.
+    os.utime(lake.absolute(old), (0, 0))
+    with lake.transaction("compact") as transaction:
+        transaction.remove([old])
+    assert lake.collect_garbage(older_than_s=3600) == []
+    assert reader.sql("select count(*) from latents").fetchall() == [(old.rows,)]
+    assert lake.collect_garbage(older_than_s=0) == [old.path]
 
 
 # Writers that die
