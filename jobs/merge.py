@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sae.jobs import formats
+from sae.jobs import formats, ranges
 from sae.jobs.formats import RowGroup
+from sae.jobs.ranges import Range
 from sae.schemas.errors import LakeError
 from sae.schemas.tables import CORPUS_SHIFT, LATENTS
 from sae.statistics import ACT_CODES, MANTISSA_DROPPED, Fields, act_of
@@ -30,17 +31,17 @@ Keys = npt.NDArray[np.int64]
 Rows = dict[str, npt.NDArray[Any]]
 
 
-def merged(chains: Sequence[Chain], atoms: tuple[int, int]) -> Iterator[pa.Table]:
+def merged(chains: Sequence[Chain], atoms: Range, contexts: Sequence[Range] | None = None) -> Iterator[pa.Table]:
     """The rows of an inclusive range of atoms in order of (atom, context_id, pos).
 
-    Tables come in multiples of the Parquet row group, but for the last.
+    Of contexts, all or those of the given ranges, which are united. Tables come in multiples of the Parquet row group, but for the last.
     Raises LakeError where a file is damaged or was not written by encode or compact.
     """
     groups = [[group for group in row_groups(chain) if group.overlaps(atoms)] for chain in chains]
     groups = [each for each in groups if each]
     for part in _packable([group for each in groups for group in each], atoms):
         within = [[group for group in each if group.overlaps(part.atoms)] for each in groups]
-        sources = [_Source(each, part) for each in within]
+        sources = [_Source(each, part, contexts) for each in within]
         for keys in _in_row_groups(_rounds(sources)):
             yield part.unpack(keys)
 
@@ -106,8 +107,8 @@ def _packable(groups: Sequence[RowGroup], atoms: tuple[int, int]) -> Iterator[_P
 class _Source:
     """A chain being read."""
 
-    def __init__(self, groups: Sequence[RowGroup], packing: _Packing) -> None:
-        self._left, self._packing = list(reversed(groups)), packing
+    def __init__(self, groups: Sequence[RowGroup], packing: _Packing, contexts: Sequence[Range] | None) -> None:
+        self._left, self._packing, self._contexts = list(reversed(groups)), packing, contexts
         self._open: tuple[str, pq.ParquetFile] | None = None
         self._held: Keys = np.empty(0, np.int64)
 
@@ -134,7 +135,11 @@ class _Source:
         rows = formats.columns(*self._open, group.number, LATENTS.names)
         low, high = self._packing.atoms
         start, end = np.searchsorted(rows["atom"], [low, high + 1])
-        return self._packing.pack({name: column[start:end] for name, column in rows.items()}, group.path)
+        rows = {name: column[start:end] for name, column in rows.items()}
+        if self._contexts is not None:
+            kept = ranges.contains(self._contexts, rows["context_id"])
+            rows = {name: column[kept] for name, column in rows.items()}
+        return self._packing.pack(rows, group.path)
 
 
 def _rounds(sources: list[_Source]) -> Iterator[Keys]:

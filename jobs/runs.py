@@ -8,8 +8,8 @@ from typing import Any, cast
 import ray
 from ray.exceptions import RayError
 
-from sae.jobs import cluster, progress
-from sae.jobs.lake import Snapshot
+from sae.jobs import cluster, progress, ranges
+from sae.jobs.lake import Range, Snapshot
 from sae.schemas import errors
 from sae.schemas.config import Run
 from sae.schemas.errors import SaeError
@@ -18,11 +18,15 @@ from sae.schemas.tables import CORPUS_SHIFT
 
 @dataclass(frozen=True)
 class Plan:
-    """How a corpus is cut: runs of `contexts_per_run` contexts, the last one shorter."""
+    """How a corpus is cut: runs of `contexts_per_run` contexts, the last one shorter.
+
+    Contexts that were dropped still count: what a run is called and where it begins never changes.
+    """
 
     corpus_number: int
     n_contexts: int
     contexts_per_run: int
+    dropped: tuple[Range, ...] = ()
 
     @property
     def n_runs(self) -> int:
@@ -39,6 +43,17 @@ class Plan:
         base = self.corpus_number << CORPUS_SHIFT
         return base + first, base + last
 
+    def left(self, run: int) -> list[Range]:
+        """Ranges of the run's contexts that were not dropped."""
+        return ranges.without(self.bounds(run), self.dropped)
+
+    def holds(self, snapshot: Snapshot, corpus: str, run: int) -> bool:
+        """Whether the corpus is still there, and of this run just what was when the plan was made."""
+        state = snapshot.properties.get(f"corpus/{corpus}")
+        if state is None or state["number"] != self.corpus_number:
+            return False
+        return ranges.without(self.bounds(run), dropped_contexts(snapshot, corpus)) == self.left(run)
+
 
 def unit(step: str, owner: str, corpus: str, run: int) -> str:
     """Name of a run's unit of work; the owner is an autoencoder or a subject."""
@@ -46,10 +61,27 @@ def unit(step: str, owner: str, corpus: str, run: int) -> str:
 
 
 def outstanding(snapshot: Snapshot, step: str, owner: str, corpus: str, run_tokens: int) -> tuple[Plan, list[int]]:
-    """How a tokenized corpus is cut for a step and owner, and the runs that are not in the lake."""
+    """How a tokenized corpus is cut for a step and owner, and the runs that are not in the lake.
+
+    A run whose contexts were all dropped is not missing.
+    """
     state = snapshot.properties[f"corpus/{corpus}"]
-    plan = Plan(state["number"], state["n_contexts"], max(1, run_tokens // state["context_length"]))
-    return plan, [run for run in range(plan.n_runs) if unit(step, owner, corpus, run) not in snapshot.units]
+    dropped = dropped_contexts(snapshot, corpus)
+    n_contexts = state["n_contexts"] + ranges.size(dropped)
+    plan = Plan(state["number"], n_contexts, max(1, run_tokens // state["context_length"]), dropped)
+    missing = (run for run in range(plan.n_runs) if unit(step, owner, corpus, run) not in snapshot.units)
+    return plan, [run for run in missing if plan.left(run)]
+
+
+def dropped_contexts(snapshot: Snapshot, corpus: str) -> tuple[Range, ...]:
+    """Ranges of contexts that were taken out of a corpus for good."""
+    state = snapshot.properties.get(f"corpus/{corpus}", {})
+    return tuple((low, high) for low, high in state.get("dropped", []))
+
+
+def drop_mark(owner: str, corpus: str, run: int) -> str:
+    """The property that tells a run which was dropped from one that was never encoded."""
+    return f"dropped/{owner}/{corpus}/{run}"
 
 
 class _Worker:
