@@ -4,7 +4,8 @@ What was compacted before is merged again only where it is not much larger than 
 a number of times that grows with the logarithm of the lake's size.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,8 +21,12 @@ _MB: Final = 10**6
 _GROWTH: Final = 8  # rows of a compacted set for each new one, from which on it is left alone
 
 
+Writes = functools.partial[list[DataFile]]
+Makes = Callable[[Writes, list[Range]], Iterator[list[DataFile]]]
+
+
 @dataclass(frozen=True)
-class _Sorted:
+class Sorted:
     """Files of disjoint atoms: a run, or what a compaction wrote."""
 
     files: tuple[DataFile, ...]
@@ -35,12 +40,13 @@ def run(config: Run) -> None:
     """Merges until no two sorted sets of files are worth it."""
     lake = Lake(config.lake)
     name = config.autoencoder.name
-    files = lake.snapshot().select("latents", autoencoder=name)
-    if not files:
+    snapshot = lake.snapshot()
+    if f"encode/{name}" not in snapshot.properties:
         raise IncompleteError(f"compact: {name} has no latents in {config.lake}; run sae encode first")
-    before = files
+    before = snapshot.select("latents", autoencoder=name)
+    _remove_empty(lake, before)
     while chosen := _worth_merging(lake.snapshot(), config):
-        _merge(lake, config, chosen)
+        merge_sets(lake, name, chosen, config.compact.file_rows, functools.partial(_by_tasks, config))
     files = lake.snapshot().select("latents", autoencoder=name)
     if files == before:
         progress.say(f"compact: the latents of {name} are compact")
@@ -49,21 +55,29 @@ def run(config: Run) -> None:
     progress.say(f"compact: {len(before)} files of {name} became {len(files)}")
 
 
-def _worth_merging(snapshot: Snapshot, config: Run) -> list[_Sorted]:
+def _remove_empty(lake: Lake, files: list[DataFile]) -> None:
+    """Takes out files without a row: what is known of their runs stays in the moments."""
+    empty = [file for file in files if not file.rows]
+    if empty:
+        with lake.transaction("compact") as transaction:
+            transaction.remove(empty)
+
+
+def _worth_merging(snapshot: Snapshot, config: Run) -> list[Sorted]:
     """The smallest sorted sets, as many as the memory allows, up to one that is much larger than those together."""
     files = snapshot.select("latents", autoencoder=config.autoencoder.name)
     most = max(2, config.compact.memory_mb * _MB // merge.CHAIN_BYTES)
-    chosen: list[_Sorted] = []
-    for each in sorted(_sorted_sets(files), key=lambda each: each.rows)[:most]:
+    chosen: list[Sorted] = []
+    for each in sorted(sorted_sets(files), key=lambda each: each.rows)[:most]:
         if chosen and each.rows > _GROWTH * sum(earlier.rows for earlier in chosen):
             break
         chosen.append(each)
     return chosen if len(chosen) > 1 else []
 
 
-def _sorted_sets(files: Sequence[DataFile]) -> list[_Sorted]:
+def sorted_sets(files: Sequence[DataFile]) -> list[Sorted]:
     """Each run by itself, and range files in as few sets of disjoint atoms as there can be."""
-    runs = [_Sorted((file,)) for file in files if file.run is not None and file.rows]
+    runs = [Sorted((file,)) for file in files if file.run is not None]
     ranges = [file for file in files if file.run is None and file.atoms is not None]
     chains: list[list[DataFile]] = []
     for file in sorted(ranges, key=lambda file: file.atoms or (0, 0)):
@@ -73,7 +87,7 @@ def _sorted_sets(files: Sequence[DataFile]) -> list[_Sorted]:
             chains.append([file])
         else:
             chain.append(file)
-    return [*runs, *(_Sorted(tuple(chain)) for chain in chains)]
+    return [*runs, *(Sorted(tuple(chain)) for chain in chains)]
 
 
 def _first_atom(file: DataFile) -> int:
@@ -86,28 +100,29 @@ def _last_atom(chain: Sequence[DataFile]) -> int:
     return chain[-1].atoms[1]
 
 
-def _merge(lake: Lake, config: Run, chosen: list[_Sorted]) -> None:
-    """Replaces sorted sets by files of atom ranges, each made by a task of its own."""
+def merge_sets(lake: Lake, name: str, chosen: list[Sorted], file_rows: int, made: Makes | None = None) -> None:
+    """Replaces sorted sets by files of atom ranges, made one after the other unless told otherwise."""
     chains: list[merge.Chain] = [lake.verified(each.files) for each in chosen]
-    ranges = _ranges(chains, config.compact.file_rows)
+    lake.check_room(sum(file.bytes for each in chosen for file in each.files))
+    ranges = _ranges(chains, file_rows)
+    write = functools.partial(_written, lake.path, name, chains)
     with lake.transaction("compact") as transaction, progress.bar("compact", len(ranges), "files") as bar:
         transaction.remove(file for each in chosen for file in each.files)
-        for files in _written_each(lake, config, chains, ranges):
+        for files in made(write, ranges) if made is not None else map(write, ranges):
             transaction.adopt(files)
             bar.advance(1)
 
 
-def _written_each(lake: Lake, config: Run, chains: list[merge.Chain], ranges: list[Range]) -> Iterator[list[DataFile]]:
+def _by_tasks(config: Run, write: Writes, ranges: list[Range]) -> Iterator[list[DataFile]]:
     """The files of each range; of several, made in as many processes as there are processors."""
-    given = lake.path, config.autoencoder.name, chains
     if len(ranges) == 1:
-        yield _written(*given, ranges[0])
+        yield write(ranges[0])
         return
     with cluster.connected(config):
         # A node with less memory than asked for still runs one at a time.
         largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-        task = ray.remote(num_cpus=1, memory=min(config.compact.memory_mb * _MB, int(largest)))(_written)
-        pending = [task.remote(*given, each) for each in ranges]
+        task = ray.remote(num_cpus=1, memory=min(config.compact.memory_mb * _MB, int(largest)))(write.func)
+        pending = [task.remote(*write.args, each) for each in ranges]
         try:
             while pending:
                 (done,), pending = ray.wait(pending)

@@ -181,6 +181,24 @@ def test_more_runs_than_memory_has_room_for(tmp_path: Path) -> None:
     assert layout(tmp_path) == [(None, 440)]
 
 
+def test_runs_without_a_row_leave_no_file(tmp_path: Path) -> None:
+    nothing = SortedRun.from_rows(*(np.empty(0, kind) for kind in (np.int32, np.int64, np.uint16, np.float32)))
+    add_runs(tmp_path, range(1))
+    for run in (1, 2):
+        commit_run(Lake(str(tmp_path)), "a", "c", ENCODING, PLAN, run, nothing, 8)
+    assert layout(tmp_path) == [(0, 40), (1, 0), (2, 0)]
+    compact.run(config(tmp_path))
+    assert layout(tmp_path) == [(0, 40)]
+    assert connect(str(tmp_path)).sql("select run, n_tokens from runs order by run").fetchall() == [
+        (0, 8),
+        (1, 8),
+        (2, 8),
+    ]
+    version = Lake(str(tmp_path)).snapshot().version
+    compact.run(config(tmp_path))
+    assert Lake(str(tmp_path)).snapshot().version == version
+
+
 def test_a_damaged_run_changes_nothing(tmp_path: Path) -> None:
     add_runs(tmp_path, range(3))
     lake = Lake(str(tmp_path))
