@@ -19,6 +19,8 @@ from sae.schemas.errors import ConfigError, SaeError
 STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "export")
 # The others are done once for all of `autoencoders`.
 _OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "export"})
+# Some work hours before they find that they may not write.
+_WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact"})
 _METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE"}
 _INTERRUPTED: Final = 128 + signal.SIGINT
 
@@ -53,6 +55,8 @@ def program(*arguments: str) -> NoReturn:
 def run_step(step: str, config: Run) -> None:
     """Runs one step in this process."""
     importlib.import_module("sae.jobs.cluster").check_folders_of_job(config, step)
+    if step in _WRITES_LATE and storage.is_local(config.lake):
+        storage.check_writable(config.lake)
     several = config.each() if step in _OF_ONE_AUTOENCODER else [config]
     for one in several:
         if len(several) > 1:
@@ -116,10 +120,14 @@ def _parser() -> argparse.ArgumentParser:
         sql.add_argument(f"--{key}", type=int, nargs=2, metavar=("FIRST", "LAST"), help=only)
     gc = _add(commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake")
     gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS")
-    drop = _add(commands, "drop", "take latents or an autoencoder out of a lake", _lake_command("drop"), "lake")
-    what = drop.add_mutually_exclusive_group(required=True)
-    what.add_argument("--latents", metavar="AUTOENCODER", help="its latents, statistics and examples")
-    what.add_argument("--autoencoder", metavar="AUTOENCODER", help="the same, its checkpoints and metrics")
+    drop = _add(commands, "drop", "take a part out of a lake", _lake_command("drop"), "lake")
+    drop.add_argument("--latents", metavar="AUTOENCODER", help="its latents, statistics and examples")
+    drop.add_argument("--run", metavar="CORPUS/NUMBER", help="with --latents: only those of a run")
+    drop.add_argument("--autoencoder", metavar="AUTOENCODER", help="its latents, checkpoints and metrics")
+    drop.add_argument("--corpus", help="its latents by all autoencoders, or by that of --latents")
+    drop.add_argument("--with-text", action="store_true", help="with --corpus: also its text and all else of it")
+    drop.add_argument("--contexts", metavar="FIRST:LAST", help="context ids: their text and all that was made of it")
+    drop.add_argument("--doc", metavar="ID", type=int, help="the contexts of the document with this doc_id")
     return parser
 
 

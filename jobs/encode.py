@@ -10,11 +10,11 @@ import torch
 from sae import device_statistics
 from sae.jobs import checkpoints, cluster, contexts, progress, runs
 from sae.jobs.activations import kept_activations
-from sae.jobs.lake import Lake, write_views
+from sae.jobs.lake import Lake, Transaction, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, ConflictError, IncompleteError, LakeError
 from sae.schemas.tables import SCHEMAS
-from sae.statistics import RunStatistics
+from sae.statistics import Columns, RunStatistics
 from sae.subject import Subject
 
 
@@ -112,26 +112,53 @@ def commit_run(
 ) -> None:
     """Commits the latents of a run of `tokens` kept tokens, with its partial statistics.
 
-    Raises ConflictError where the run is in the lake, LakeError where others were encoded otherwise meanwhile.
+    Raises ConflictError where the run is in the lake, LakeError where others were encoded otherwise meanwhile, or some
+    of its contexts were dropped since the plan was made.
     """
-    tables = {
+    tables = run_tables(latents, encoding)
+    with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
+        base = transaction.base
+        if not plan.holds(base, corpus, run):
+            raise LakeError(f"encode: contexts of {corpus} were dropped meanwhile; run sae encode again")
+        if base.properties.get(f"encode/{name}", encoding) != encoding:
+            raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
+        write_tables(transaction, name, corpus, plan, run, tables, tokens)
+        transaction.set(f"encode/{name}", encoding)
+        if (mark := runs.drop_mark(name, corpus, run)) in base.properties:
+            transaction.set(mark, None)
+        corpora = f"corpus/{corpus}"
+        unchanged = base.properties.get(corpora)
+        transaction.require(lambda now: now.properties.get(corpora) == unchanged, f"{corpora}: changed")
+
+
+def run_tables(latents: RunStatistics, encoding: dict[str, Any]) -> dict[str, Columns]:
+    """The latents of a run and its partial statistics, by table, in host memory."""
+    return {
         "latents": latents.rows(),
         "moments": latents.moments(),
         "histograms": latents.histogram(encoding["bin_width"]),
         "top": latents.top(encoding["examples"]),
         "samples": latents.samples(encoding["examples"], encoding["seed"]),
     }
-    with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
-        for table, columns in tables.items():
-            schema = SCHEMAS[table]
-            if "run" in schema.names:
-                columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
-            data = pa.table(columns).select(schema.names).cast(schema)
-            named: dict[str, Any] = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
-            transaction.write(table, data, contexts=plan.bounds(run), **named)
-        if transaction.base.properties.get(f"encode/{name}", encoding) != encoding:
-            raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
-        transaction.set(f"encode/{name}", encoding)
+
+
+def write_tables(
+    transaction: Transaction,
+    name: str,
+    corpus: str,
+    plan: runs.Plan,
+    run: int,
+    tables: dict[str, Columns],
+    tokens: int,
+) -> None:
+    """Adds one file of each table of a run of `tokens` kept tokens."""
+    for table, columns in tables.items():
+        schema = SCHEMAS[table]
+        if "run" in schema.names:
+            columns = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
+        data = pa.table(columns).select(schema.names).cast(schema)
+        named: dict[str, Any] = {"corpus": corpus, "autoencoder": name, "run": run, "tokens": tokens}
+        transaction.write(table, data, contexts=plan.bounds(run), **named)
 
 
 if __name__ == "__main__":

@@ -123,9 +123,18 @@ def write_vectors(context_id: npt.NDArray[Any], pos: npt.NDArray[Any], vectors: 
 
 def map_vectors(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """context_id [m] and vectors float16 [m, d] of an activations file, mapped into memory, not read."""
-    try:
-        batch = pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _damaged(path, error) from None
+    batch = _mapped(path)
     vectors = batch["vector"]
     return batch["context_id"].to_numpy(), np.asarray(vectors.values).reshape(len(vectors), vectors.type.list_size)
+
+
+def map_positions(path: str) -> npt.NDArray[Any]:
+    """pos [m] of an activations file."""
+    return np.asarray(_mapped(path)["pos"].to_numpy())
+
+
+def _mapped(path: str) -> pa.RecordBatch:
+    try:
+        return pa.ipc.open_file(pa.memory_map(path)).get_batch(0)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None

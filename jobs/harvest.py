@@ -26,6 +26,8 @@ def run(config: Run) -> None:
     if not missing:
         progress.say(f"harvest: all {plan.n_runs} runs of {corpus} at {subject.hook} are cached")
         return
+    state = lake.snapshot().properties[f"corpus/{corpus}"]
+    lake.check_room(state["n_tokens"] * len(missing) // plan.n_runs * subject.d_model * np.dtype(np.float16).itemsize)
     with cluster.connected(config):
         rows = runs.each_run(
             config, "harvest", Harvester, (run_tokens, plan), config.cluster.harvest_actors, plan, missing

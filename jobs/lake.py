@@ -108,8 +108,8 @@ class Lake:
         free = storage.free_bytes(self.path) if storage.is_local(self.path) else n_bytes
         if free < n_bytes:
             raise StorageError(
-                f"{self.path}: needs {n_bytes / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free; free some space, with "
-                "sae gc for instance, or use another disk"
+                f"cannot write {self.path}: No space left for {n_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free; "
+                "free some space, with sae gc for instance, or use another disk"
             )
 
     def read(self, files: Iterable[DataFile], columns: list[str] | None = None, filters: Any = None) -> pa.Table:

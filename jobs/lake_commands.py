@@ -7,28 +7,40 @@ import re
 import shutil
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, Final
 
 import duckdb
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sae.jobs.lake import DataFile, Lake, Snapshot, connect, write_views
+from sae.jobs import formats
+from sae.jobs.lake import DataFile, Lake, Range, Snapshot, connect, write_views
 from sae.jobs.progress import say
+from sae.jobs.ranges import size
 from sae.jobs.verify import damages
-from sae.schemas.errors import ConfigError, LakeError
+from sae.schemas.errors import ConfigError, IncompleteError, LakeError
+from sae.schemas.tables import CORPUS_SHIFT
 
 _BATCH_ROWS: Final = 10_000
 _UNLIMITED_WIDTH: Final = 1_000_000
 # What CREATE makes is in memory. MULTI is PIVOT.
 _READS: Final = frozenset({"SELECT", "MULTI", "SET", "CREATE"})
 _EXPLAIN: Final = re.compile(r"^\s*explain(\s+analyze)?(\s*\([^)]*\))?\s", re.IGNORECASE)
-# Of an autoencoder's files, those that remain when only its latents are dropped.
-_OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics"})
-# Kinds of properties and units, KIND/NAME..., that go with them.
-_OF_LATENTS: Final = ("encode", "aggregate", "decoders")
-_OF_AUTOENCODER: Final = (*_OF_LATENTS, "evaluate", "autoencoder")
+_DROPPED: Final = ("latents", "run", "autoencoder", "corpus", "with_text", "contexts", "doc")
+# Which arguments of drop go together, as they are told.
+_DROPS: Final = {
+    frozenset({"latents"}): "--latents AUTOENCODER",
+    frozenset({"latents", "run"}): "--latents AUTOENCODER --run CORPUS/NUMBER",
+    frozenset({"latents", "corpus"}): "--latents AUTOENCODER --corpus CORPUS",
+    frozenset({"autoencoder"}): "--autoencoder AUTOENCODER",
+    frozenset({"corpus"}): "--corpus CORPUS",
+    frozenset({"corpus", "with_text"}): "--corpus CORPUS --with-text",
+    frozenset({"contexts"}): "--contexts FIRST:LAST",
+    frozenset({"doc"}): "--doc ID",
+}
 
 Rows = list[dict[str, Any]]
 Connection = duckdb.DuckDBPyConnection
@@ -46,6 +58,9 @@ def status(given: Namespace) -> None:
         ("autoencoder", _autoencoders(snapshot)),
     ):
         _print_rows(title, rows)
+    dropped = list(_taken_out(snapshot))
+    if dropped:
+        print("\ndropped: " + "; ".join(dropped))
     unfinished = list(_unfinished(snapshot))
     print("\nunfinished: " + ("; ".join(unfinished) or "nothing"))
 
@@ -107,6 +122,17 @@ def _held_out(checkpoints: Rows) -> dict[str, Any]:
     }
 
 
+def _taken_out(snapshot: Snapshot) -> Iterator[str]:
+    """What was dropped of corpora for good, and of their latents until they are encoded again."""
+    for name, state in _named(snapshot, "corpus").items():
+        if n_contexts := size((low, high) for low, high in state.get("dropped", [])):
+            yield f"{n_contexts:,} contexts of {name}"
+    marked = Counter(mark.rpartition("/")[0] for mark in _named(snapshot, "dropped"))
+    for owner, n_runs in marked.items():
+        name, corpus = owner.split("/")
+        yield f"{n_runs:,} runs of {corpus} by {name}"
+
+
 def _unfinished(snapshot: Snapshot) -> Iterator[str]:
     # Ray comes with it, and takes seconds to import; the other commands need none of it.
     from sae.jobs import runs
@@ -123,9 +149,10 @@ def _unfinished(snapshot: Snapshot) -> Iterator[str]:
         moments = snapshot.select("moments", autoencoder=name)
         for corpus in sorted({file.corpus for file in moments if file.corpus}):
             plan, missing = runs.outstanding(snapshot, "encode", name, corpus, encoding["run_tokens"])
+            missing = [run for run in missing if runs.drop_mark(name, corpus, run) not in snapshot.properties]
             if missing:
                 yield f"encode of {corpus} with {name} ({len(missing)} of {plan.n_runs} runs are missing)"
-        if merged.get(name) != sorted(file.sha256 for file in moments):
+        if moments and merged.get(name) != sorted(file.sha256 for file in moments):
             yield f"aggregate of {name}"
 
 
@@ -278,33 +305,115 @@ def gc(given: Namespace) -> None:
 
 
 def drop(given: Namespace) -> None:
-    """Takes an autoencoder, or only its latents and what was made of them, out of the newest version."""
+    """Takes out of the newest version what the arguments name.
+
+    Raises ConfigError where they don't fit together, LakeError where the lake does not hold it.
+    """
+    chosen = {key: value for key in _DROPPED if (value := vars(given).get(key)) not in (None, False)}
+    if frozenset(chosen) not in _DROPS:
+        flags = " ".join(f"--{key.replace('_', '-')}" for key in chosen) or "nothing"
+        raise ConfigError(f"drop: got {flags}; give one of: {'; '.join(_DROPS.values())}")
     lake = Lake(given.lake)
-    whole = given.autoencoder is not None
-    name: str = given.autoencoder if whole else given.latents
-    with lake.transaction("drop") as transaction:
-        snapshot = transaction.base
-        _check_known(snapshot, name, whole)
-        files = [
-            file
-            for file in snapshot.files.values()
-            if file.autoencoder == name and (whole or file.table not in _OF_TRAINING)
-        ]
-        transaction.remove(files)
-        kinds = _OF_AUTOENCODER if whole else _OF_LATENTS
-        prefixes = tuple(f"{kind}/{name}/" for kind in kinds)
-        transaction.forget(sorted(unit for unit in snapshot.units if unit.startswith(prefixes)))
-        exact = {f"{kind}/{name}" for kind in kinds}
-        for key in sorted(key for key in snapshot.properties if key in exact or key.startswith(prefixes)):
-            transaction.set(key, None)
+    merged = _named(lake.snapshot(), "aggregate")
+    what = _dropped(lake, chosen)
     write_views(lake)
-    what = f"autoencoder {name}" if whole else f"the latents of {name}"
-    size = sum(file.bytes for file in files)
-    say(f"drop: {what} ({len(files)} files, {size:,} bytes); sae gc {given.lake} frees the space")
+    now = lake.snapshot()
+    stale = [name for name in merged if name in _named(now, "encode") and name not in _named(now, "aggregate")]
+    again = f"sae aggregate makes the atoms of {', '.join(stale)} anew, " if stale else ""
+    say(f"drop: {what}; {again}sae gc {given.lake} frees the space")
 
 
-def _check_known(snapshot: Snapshot, name: str, whole: bool) -> None:
-    known = _named(snapshot, "autoencoder" if whole else "encode")
+def _dropped(lake: Lake, chosen: dict[str, Any]) -> str:
+    """Takes it out; returns what it was."""
+    # Torch and Ray come with it, and take seconds to import.
+    from sae.jobs import drop as parts
+
+    snapshot = lake.snapshot()
+    match chosen:
+        case {"autoencoder": name}:
+            _check_known(snapshot, "autoencoder", "--autoencoder", "autoencoder", name)
+            return f"autoencoder {name} ({_counted(parts.autoencoder(lake, name, whole=True))})"
+        case {"latents": name, "run": run}:
+            _check_known(snapshot, "encode", "--latents", "latents of", name)
+            corpus, number = _run(snapshot, run)
+            rows = parts.latents(lake, corpus, [name], number)
+            return f"run {run} of {name} ({rows:,} rows); sae encode makes it again"
+        case {"latents": name, "corpus": corpus}:
+            _check_known(snapshot, "encode", "--latents", "latents of", name)
+            return _latents_of_corpus(lake, corpus, [name])
+        case {"latents": name}:
+            _check_known(snapshot, "encode", "--latents", "latents of", name)
+            return f"the latents of {name} ({_counted(parts.autoencoder(lake, name, whole=False))})"
+        case {"corpus": corpus, "with_text": True}:
+            _check_known(snapshot, "corpus", "--corpus", "corpus", corpus)
+            return f"corpus {corpus} ({parts.whole_corpus(lake, corpus):,} rows of latents)"
+        case {"corpus": corpus}:
+            return _latents_of_corpus(lake, corpus, parts.encoders(snapshot, corpus))
+    bounds = _contexts(chosen["contexts"]) if "contexts" in chosen else _of_document(lake, snapshot, chosen["doc"])
+    n_contexts, rows = parts.text(lake, _corpus_of(snapshot, bounds), bounds)
+    return f"{n_contexts:,} contexts ({rows:,} rows of latents), for good"
+
+
+def _latents_of_corpus(lake: Lake, corpus: str, names: list[str]) -> str:
+    from sae.jobs import drop as parts
+
+    _check_known(lake.snapshot(), "corpus", "--corpus", "corpus", corpus)
+    rows = parts.latents(lake, corpus, names)
+    return f"the latents of {corpus} by {', '.join(names)} ({rows:,} rows); sae encode makes them again"
+
+
+def _counted(files: list[DataFile]) -> str:
+    return f"{len(files)} files, {sum(file.bytes for file in files):,} bytes"
+
+
+def _check_known(snapshot: Snapshot, kind: str, flag: str, title: str, name: str) -> None:
+    known = _named(snapshot, kind)
     if name not in known:
-        kind, flag = ("autoencoder", "--autoencoder") if whole else ("latents of", "--latents")
-        raise LakeError(f"{flag}: no {kind} {name} in this lake; it has: {', '.join(known) or 'none'}")
+        raise LakeError(f"{flag}: no {title} {name} in this lake; it has: {', '.join(known) or 'none'}")
+
+
+def _run(snapshot: Snapshot, given: str) -> tuple[str, int]:
+    corpus, _, number = given.rpartition("/")
+    if not (corpus and number.isdecimal()):
+        raise ConfigError(f"--run: got {given}; expected CORPUS/NUMBER, select corpus, run from runs lists them")
+    _check_known(snapshot, "corpus", "--run", "corpus", corpus)
+    return corpus, int(number)
+
+
+def _contexts(given: str) -> Range:
+    first, _, last = given.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+        raise ConfigError(f"--contexts: got {given}; expected FIRST:LAST, the ids of the first and the last that go")
+    return int(first), int(last)
+
+
+def _of_document(lake: Lake, snapshot: Snapshot, doc_id: int) -> Range:
+    """The contexts of a document, which follow each other."""
+    corpora = _named(snapshot, "corpus").items()
+    corpus = next((name for name, state in corpora if state["number"] == doc_id >> CORPUS_SHIFT), None)
+    files = snapshot.select("contexts", corpus=corpus) if corpus is not None else []
+    ids = lake.read(files, ["context_id"], pc.field("doc_id") == doc_id)["context_id"].to_numpy() if files else []
+    if not len(ids):
+        raise LakeError(
+            f"--doc: no contexts of a document {doc_id}; select doc_id, external_id from documents lists them"
+        )
+    return int(min(ids)), int(max(ids))
+
+
+def _corpus_of(snapshot: Snapshot, bounds: Range) -> str:
+    """The corpus that the contexts are a part of; raises where they are no part of one, or all of it."""
+    for corpus, state in _named(snapshot, "corpus").items():
+        files = snapshot.select("contexts", corpus=corpus)
+        held = formats.widest(file.contexts for file in files)
+        if held is None or held[0] >> CORPUS_SHIFT != bounds[0] >> CORPUS_SHIFT:
+            continue
+        if not state["complete"]:
+            raise IncompleteError(f"drop: corpus {corpus} is not fully tokenized; run sae tokenize first")
+        if bounds[0] <= held[0] and held[1] <= bounds[1]:
+            raise ConfigError(f"drop: that is all of corpus {corpus}; give --corpus {corpus} --with-text")
+        if held[0] <= bounds[0] and bounds[1] <= held[1]:
+            return corpus
+        raise ConfigError(
+            f"--contexts: got {bounds[0]}:{bounds[1]}; corpus {corpus} has the contexts {held[0]}:{held[1]}"
+        )
+    raise ConfigError(f"--contexts: no corpus has context {bounds[0]}; select min(context_id) from contexts lists them")
