@@ -117,18 +117,14 @@ def commit_run(
     """
     tables = run_tables(latents, encoding)
     with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
+        runs.require_contexts(transaction, "encode", corpus, plan, run)
         base = transaction.base
-        if not plan.holds(base, corpus, run):
-            raise LakeError(f"encode: contexts of {corpus} were dropped meanwhile; run sae encode again")
         if base.properties.get(f"encode/{name}", encoding) != encoding:
             raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
         write_tables(transaction, name, corpus, plan, run, tables, tokens)
         transaction.set(f"encode/{name}", encoding)
         if (mark := runs.drop_mark(name, corpus, run)) in base.properties:
             transaction.set(mark, None)
-        corpora = f"corpus/{corpus}"
-        unchanged = base.properties.get(corpora)
-        transaction.require(lambda now: now.properties.get(corpora) == unchanged, f"{corpora}: changed")
 
 
 def run_tables(latents: RunStatistics, encoding: dict[str, Any]) -> dict[str, Columns]:

@@ -69,6 +69,7 @@ class Harvester:
         context_id = corpus.context_id[at_row]
         named = {"corpus": name, "subject": owner, "run": run, "rows": len(vectors), "tokens": len(vectors)}
         with self._lake.transaction("harvest", runs.unit("harvest", owner, name, run)) as transaction:
+            runs.require_contexts(transaction, "harvest", name, self._plan, run)
             transaction.write_with(
                 "activations",
                 "arrow",

@@ -9,10 +9,10 @@ import ray
 from ray.exceptions import RayError
 
 from sae.jobs import cluster, progress, ranges
-from sae.jobs.lake import Range, Snapshot
+from sae.jobs.lake import Range, Snapshot, Transaction
 from sae.schemas import errors
 from sae.schemas.config import Run
-from sae.schemas.errors import SaeError
+from sae.schemas.errors import LakeError, SaeError
 from sae.schemas.tables import CORPUS_SHIFT
 
 
@@ -77,6 +77,15 @@ def dropped_contexts(snapshot: Snapshot, corpus: str) -> tuple[Range, ...]:
     """Ranges of contexts that were taken out of a corpus for good."""
     state = snapshot.properties.get(f"corpus/{corpus}", {})
     return tuple((low, high) for low, high in state.get("dropped", []))
+
+
+def require_contexts(transaction: Transaction, step: str, corpus: str, plan: Plan, run: int) -> None:
+    """Raises LakeError unless the run's contexts are those of the plan, and lets nothing be committed once they go."""
+    if not plan.holds(transaction.base, corpus, run):
+        raise LakeError(f"{step}: contexts of {corpus} were dropped meanwhile; run sae {step} again")
+    key = f"corpus/{corpus}"
+    state = transaction.base.properties[key]
+    transaction.require(lambda now: now.properties.get(key) == state, f"{key}: changed")
 
 
 def drop_mark(owner: str, corpus: str, run: int) -> str:

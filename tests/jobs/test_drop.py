@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 from sae.jobs import aggregate, compact, contexts, drop, encode, formats
+from sae.jobs.harvest import Harvester
 from sae.jobs.lake import Lake, connect
 from sae.jobs.runs import outstanding
 from sae.schemas.errors import ConflictError, IncompleteError, LakeError
 from sae.statistics import SortedRun
-from tests import lakes
+from tests import lakes, tiny_run
+from tests.in_process import harvest_all, run_of
 from tests.lakes import CONTEXTS_PER_RUN, CORPUS, NAME, Small, small_config, small_lake, train
-from tests.tiny_run import sae
+from tests.tiny_run import Lab, rows, sae
 
 STATISTICS = {
     "moments": "run, atom, n_active, sum_act, sum_act2, sum_act3, sum_act4, max_act",
@@ -268,6 +270,22 @@ def test_a_run_that_was_read_before_its_contexts_were_dropped_is_refused(small: 
     assert encode_again(small) == [0]
 
 
+def test_contexts_that_go_while_their_run_is_written_stay_away(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped(small, "--latents", NAME, "--run", f"{CORPUS}/0")
+    write = encode.write_tables
+
+    def meanwhile(*given: Any) -> None:
+        monkeypatch.undo()
+        dropped(small, "--contexts", "3:4")
+        write(*given)
+
+    monkeypatch.setattr(encode, "write_tables", meanwhile)
+    with pytest.raises(ConflictError, match=f"corpus/{CORPUS}: changed by another writer meanwhile"):
+        encode_again(small)
+    assert encode_again(small) == [0]
+    assert not {3, 4} & {row[1] for row in tables(small)["latents"]}
+
+
 def test_a_run_that_comes_while_its_contexts_go_is_a_conflict(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     dropped(small, "--latents", NAME, "--run", f"{CORPUS}/0")
     taken = drop._take_text
@@ -311,3 +329,36 @@ def test_a_run_that_comes_while_its_contexts_go_is_a_conflict(small: Small, monk
 )
 def test_what_cannot_be_dropped_is_told_in_one_line(small: Small, what: tuple[str, ...], said: str) -> None:
     assert refused(small, *what).startswith(said)
+
+
+def test_the_steps_go_on_with_what_is_left(finished: Lab, one_ray: None, tmp_path: Path) -> None:
+    lab = finished.copy(tmp_path)
+    assert sae("drop", lab.lake, "--latents", tiny_run.NAME, "--run", f"{tiny_run.CORPUS}/1").code == 0
+    assert sae("drop", lab.lake, "--doc", "2").code == 0
+    ((first, last),) = (
+        connect(str(finished.lake))
+        .sql("select min(context_id), max(context_id) from contexts where doc_id = 2")
+        .fetchall()
+    )
+    lab.done("tokenize")
+    lab.done("encode")
+    lab.done("aggregate")
+    before = rows(finished.lake, "latents")
+    assert rows(lab.lake, "latents") == [row for row in before if not first <= row[2] <= last]
+    assert sae("status", lab.lake).stdout.splitlines()[-1] == "unfinished: nothing"
+
+
+def test_activations_that_were_read_before_their_contexts_were_dropped_are_refused(
+    tokenized: Lab, tmp_path: Path
+) -> None:
+    lab = tokenized.copy(tmp_path)
+    config, lake = run_of(lab), Lake(str(lab.lake))
+    plan, _ = outstanding(lake.snapshot(), "harvest", "x", tiny_run.CORPUS, config.encode.run_tokens)
+    harvester = Harvester(config, config.encode.run_tokens, plan, 1)
+    drop.text(lake, tiny_run.CORPUS, (3, 4))
+    with pytest.raises(LakeError, match="were dropped meanwhile; run sae harvest again"):
+        harvester({"run": [0]})
+    harvest_all(lab)
+    (file, *_) = lake.snapshot().select("activations")
+    with lake.local(file) as path:
+        assert not np.isin(formats.map_vectors(path)[0], [3, 4]).any()
