@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sae.jobs import storage, views
 from sae.jobs.lake import Lake, connect, write_views
-from sae.schemas.errors import ConflictError, LakeError, SaeError
+from sae.schemas.errors import ConflictError, LakeError, SaeError, StorageError
 from sae.schemas.tables import SCHEMAS
 
 
@@ -383,3 +383,9 @@ def test_empty_tables_can_be_asked_and_have_their_columns(lake: Lake) -> None:
         assert {field.name for field in SCHEMAS[table]} <= {column[0] for column in answer.description}
     for table in ("runs", "autoencoders", "corpora"):
         assert connection.execute(f"select count(*) from {table}").fetchall() == [(0,)]
+
+
+def test_what_does_not_fit_onto_the_disk_is_told_beforehand(lake: Lake) -> None:
+    lake.check_room(1)
+    with pytest.raises(StorageError, match=r"No space left for 1,000,000,000,000\.0 MB, .* are free; free some space"):
+        lake.check_room(10**18)
