@@ -1,13 +1,13 @@
 """Commands on a lake rather than on a run: status, verify, sql, gc, drop."""
 
 import csv
+import itertools
 import json
 import math
 import re
 import shutil
 import sys
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from typing import Any, Final
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from sae.jobs import formats
 from sae.jobs.lake import DataFile, Lake, Range, Snapshot, connect, write_views
 from sae.jobs.progress import say
-from sae.jobs.ranges import size
+from sae.jobs.ranges import size, united
 from sae.jobs.verify import damages
 from sae.schemas.errors import ConfigError, IncompleteError, LakeError
 from sae.schemas.tables import CORPUS_SHIFT
@@ -127,10 +127,11 @@ def _taken_out(snapshot: Snapshot) -> Iterator[str]:
     for name, state in _named(snapshot, "corpus").items():
         if n_contexts := size((low, high) for low, high in state.get("dropped", [])):
             yield f"{n_contexts:,} contexts of {name}"
-    marked = Counter(mark.rpartition("/")[0] for mark in _named(snapshot, "dropped"))
-    for owner, n_runs in marked.items():
-        name, corpus = owner.split("/")
-        yield f"{n_runs:,} runs of {corpus} by {name}"
+    marks = sorted(tuple(mark.split("/")) for mark in _named(snapshot, "dropped"))
+    for (name, corpus), each in itertools.groupby(marks, key=lambda mark: mark[:2]):
+        numbers = united((int(number), int(number)) for _, _, number in each)
+        listed = ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in numbers)
+        yield f"runs {listed} of {corpus} by {name}"
 
 
 def _unfinished(snapshot: Snapshot) -> Iterator[str]:

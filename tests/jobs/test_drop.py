@@ -153,7 +153,7 @@ def test_a_dropped_run_is_not_missing_and_can_be_encoded_again(small: Small, mer
         f"{NAME} anew, sae gc {small.config.lake} frees the space\n"
     )
     assert status(small)[-1] == f"unfinished: aggregate of {NAME}"
-    assert f"dropped: 1 runs of {CORPUS} by {NAME}" in status(small)
+    assert f"dropped: runs 1 of {CORPUS} by {NAME}" in status(small)
     aggregate.run(small.config)
     assert status(small)[-1] == "unfinished: nothing"
     shown = tables(small)
@@ -190,6 +190,7 @@ def test_a_run_of_another_autoencoder_stays(small: Small) -> None:
     lakes.encode(other, 1)
     before = small.lake.snapshot().select("latents", autoencoder="other")
     dropped(small, "--latents", NAME, "--corpus", CORPUS)
+    assert f"dropped: runs 0-2 of {CORPUS} by {NAME}" in status(small)
     assert small.lake.snapshot().select("latents", autoencoder="other") == before
     assert small.lake.snapshot().select("latents", autoencoder=NAME) == []
     assert (
