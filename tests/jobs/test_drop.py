@@ -15,6 +15,7 @@ from sae.statistics import SortedRun
 from tests import lakes, tiny_run
 from tests.in_process import harvest_all, run_of
 from tests.lakes import CONTEXTS_PER_RUN, CORPUS, NAME, Small, small_config, small_lake, train
+from tests.object_stores import serve
 from tests.tiny_run import Lab, rows, sae
 
 STATISTICS = {
@@ -363,3 +364,20 @@ def test_activations_that_were_read_before_their_contexts_were_dropped_are_refus
     (file, *_) = lake.snapshot().select("activations")
     with lake.local(file) as path:
         assert not np.isin(formats.map_vectors(path)[0], [3, 4]).any()
+
+
+def test_a_lake_in_an_object_store_drops_the_same(small: Small) -> None:
+    with serve("s3") as put:
+        for path in Path(small.config.lake).rglob("*"):
+            if path.is_file():
+                url = put(f"lake/{path.relative_to(small.config.lake)}", path.read_bytes())
+        remote = Lake(url.partition("/lake/")[0] + "/lake")
+        found = []
+        for lake in (remote, small.lake):
+            files = compact.sorted_sets(lake.snapshot().select("latents"))
+            compact.merge_sets(lake, NAME, files, 10**6)
+            drop.text(lake, CORPUS, (6, 17))
+            aggregate.merge(lake, NAME)
+            connection = connect(lake.path)
+            found.append([connection.sql(f"from {table} order by all").fetchall() for table in STATISTICS])
+    assert found[0] == found[1]
