@@ -159,7 +159,7 @@ steps = st.one_of(
 
 
 @given(first=st.permutations(RUNS), more=st.lists(steps, max_size=9), seed=st.integers(0, 2**20))
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_answers_are_those_of_one_table_of_what_is_left(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
