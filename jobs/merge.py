@@ -34,7 +34,8 @@ Rows = dict[str, npt.NDArray[Any]]
 def merged(chains: Sequence[Chain], atoms: Range, contexts: Sequence[Range] | None = None) -> Iterator[pa.Table]:
     """The rows of an inclusive range of atoms in order of (atom, context_id, pos).
 
-    Of contexts, all or those of the given ranges, which are united. Tables come in multiples of the Parquet row group, but for the last.
+    Of contexts, all or those of the given ranges, which are united. Tables come in multiples of the Parquet row group,
+    but for the last.
     Raises LakeError where a file is damaged or was not written by encode or compact.
     """
     groups = [[group for group in row_groups(chain) if group.overlaps(atoms)] for chain in chains]
