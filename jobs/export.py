@@ -1,26 +1,34 @@
 """Step export: writes an autoencoder's atoms as the JSON files that the viewer reads, beside a manifest."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import string
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePath
 from typing import Any, Final
 
-import duckdb
+import ray
 from pydantic import ValidationError
+from ray.exceptions import RayError
 
 import sae
-from sae.jobs import checkpoints, progress, storage, views
-from sae.jobs.lake import Lake, Snapshot, open_tables
+from sae.jobs import checkpoints, cluster, progress, storage
+from sae.jobs.lake import Lake, Range, Snapshot
+from sae.jobs.pages import Pages
+from sae.jobs.token_cache import open_tokens
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, IncompleteError
-from sae.schemas.viewer import SIGN_CONVENTION, AtomFile, Manifest, Sequence
+from sae.schemas.viewer import SIGN_CONVENTION, Manifest
 
-# Atoms gathered by one query: bounds the memory, and still lets each row group of latents be read about once.
-_ATOMS_PER_QUERY: Final = 256
+# Atoms gathered at once: bounds the memory, and still lets each row group of latents be read about once.
+_ATOMS_AT_ONCE: Final = 256
+_ATOMS_PER_TASK: Final = 1024
+_PROGRESS: Final = "progress.json"
 _VIEWER_BIN_WIDTH: Final = 0.2
 _ATOM_FILE: Final = re.compile(r"[0-9]+(-ablated)?\.json")
 _PACKAGES: Final = ("duckdb", "torch", "transformer_lens")
@@ -43,13 +51,81 @@ def run(config: Run) -> None:
     if manifest.bin_width != _VIEWER_BIN_WIDTH:
         progress.say(f"export: bins are {manifest.bin_width} wide; the reference viewer draws {_VIEWER_BIN_WIDTH}")
     _remove_others(folder, numbers)
-    with progress.bar("export", len(numbers), "atoms") as bar:
-        for atom, file in _atoms(lake, snapshot, manifest):
-            text = file.model_dump_json(exclude_unset=True)
-            storage.write_atomic(storage.join(folder, "atoms", f"{atom}.json"), text.encode())
-            bar.advance(1)
+    _write_missing(config, folder, manifest, numbers)
     _write_manifest(folder, manifest.model_copy(update={"complete": True}))
+    storage.remove(storage.join(folder, _PROGRESS))
     progress.say(f"export: {len(numbers):,} atoms of {manifest.autoencoder} in {folder}")
+
+
+def _write_missing(config: Run, folder: str, manifest: Manifest, numbers: range) -> None:
+    """Writes the ranges of atoms that an earlier command, of the same source, has not noted as done."""
+    ranges = [(low, min(low + _ATOMS_PER_TASK, numbers.stop) - 1) for low in numbers[::_ATOMS_PER_TASK]]
+    done = _done(folder, manifest.source)
+    missing = [each for each in ranges if each not in done]
+    before = sum(high + 1 - low for low, high in done)
+    with progress.bar("export", len(numbers), "atoms", before) as bar:
+        for low, high in _written_each(config, folder, manifest, missing):
+            done.append((low, high))
+            noted = {"source": manifest.source, "done": done}
+            storage.write_atomic(storage.join(folder, _PROGRESS), json.dumps(noted).encode())
+            bar.advance(high + 1 - low)
+
+
+def _done(folder: str, source: str) -> list[Range]:
+    """The ranges whose files are there, as a command that was interrupted has noted it."""
+    noted = json.loads(storage.read_if_there(storage.join(folder, _PROGRESS)) or "{}")
+    return [(low, high) for low, high in noted["done"]] if noted.get("source") == source else []
+
+
+def _written_each(config: Run, folder: str, manifest: Manifest, missing: list[Range]) -> Iterator[Range]:
+    """Each range once its files are there; several are made in as many processes as there are processors."""
+    # Relative paths are this process' own.
+    given = Lake(config.lake).path, manifest.lake_version, manifest.autoencoder, manifest.decimals, _absolute(folder)
+    if len(missing) < 2:
+        for atoms in missing:
+            yield _written(*given, atoms)
+        return
+    # Made here, so that not every process makes it.
+    lake = Lake(config.lake)
+    for corpus in manifest.corpora:
+        open_tokens(lake, lake.snapshot(manifest.lake_version), corpus)
+    with cluster.connected(config):
+        task = ray.remote(num_cpus=1)(_written)
+        pending = [task.remote(*given, atoms) for atoms in missing]
+        try:
+            while pending:
+                (done,), pending = ray.wait(pending)
+                yield ray.get(done)
+        except RayError as error:
+            raise cluster.cause(error) from None
+
+
+def _written(path: str, version: int, autoencoder: str, decimals: int, folder: str, atoms: Range) -> Range:
+    """Writes the files of a range of atoms; returns it."""
+    pages = _pages(path, version, autoencoder, decimals)
+    low, high = atoms
+    # The disk works on some while the next ones are made.
+    with ThreadPoolExecutor(1) as disk:
+        waiting: Future[None] | None = None
+        for first in range(low, high + 1, _ATOMS_AT_ONCE):
+            made = pages.of((first, min(first + _ATOMS_AT_ONCE - 1, high)))
+            files = [(f"{atom}.json", text) for atom, text in made]
+            if waiting:
+                waiting.result()
+            waiting = disk.submit(storage.write_together, storage.join(folder, "atoms"), files)
+        if waiting:
+            waiting.result()
+    return atoms
+
+
+@functools.lru_cache(1)
+def _pages(path: str, version: int, autoencoder: str, decimals: int) -> Pages:
+    lake = Lake(path)
+    return Pages(lake, lake.snapshot(version), autoencoder, decimals)
+
+
+def _absolute(folder: str) -> str:
+    return os.path.abspath(folder) if storage.is_local(folder) else folder
 
 
 def merged_from(snapshot: Snapshot, name: str) -> list[str]:
@@ -167,62 +243,15 @@ def _has_all(folder: str, numbers: range) -> bool:
 
 def _remove_others(folder: str, numbers: range) -> None:
     """Removes what an earlier export left and this one does not replace: the manifest is not true of it."""
-    for name in _atom_files(folder) - {f"{atom}.json" for atom in numbers}:
-        storage.remove(storage.join(folder, "atoms", name))
+    atoms = storage.join(folder, "atoms")
+    left = _atom_files(folder) - {f"{atom}.json" for atom in numbers}
+    for name in (*left, *storage.list_files(atoms, temporary=True)):
+        storage.remove(storage.join(atoms, name))
 
 
 def _write_manifest(folder: str, manifest: Manifest) -> None:
     text = manifest.model_dump_json(indent=2) + "\n"
     storage.write_atomic(storage.join(folder, "manifest.json"), text.encode())
-
-
-def _atoms(lake: Lake, snapshot: Snapshot, manifest: Manifest) -> Iterator[tuple[int, AtomFile]]:
-    whole = open_tables(lake, snapshot)
-    vocabulary = {corpus: _vocabulary(whole, corpus) for corpus in manifest.corpora}
-    first, last = manifest.atoms
-    for low in range(first, last + 1, _ATOMS_PER_QUERY):
-        high = min(low + _ATOMS_PER_QUERY - 1, last)
-        given = {"autoencoder": manifest.autoencoder, "low": low, "high": high, "decimals": manifest.decimals}
-        connection = open_tables(lake, snapshot, atoms=(low, high))
-        connection.execute(views.query("export_atoms"), given)
-        while row := connection.fetchone():
-            yield row[0], _atom_file(row, vocabulary)
-
-
-def _vocabulary(connection: duckdb.DuckDBPyConnection, corpus: str) -> list[str]:
-    """Token strings by token id."""
-    query = "select token from vocabulary where corpus = $1 order by token_id"
-    return [token for (token,) in connection.execute(query, [corpus]).fetchall()]
-
-
-def _atom_file(row: tuple[Any, ...], vocabulary: dict[str, list[str]]) -> AtomFile:
-    _, density, mean_act, mean_act_squared, skew, kurtosis, bins, counts, top, random = row
-    return AtomFile(
-        density=density,
-        mean_act=mean_act,
-        mean_act_squared=mean_act_squared,
-        skew=skew,
-        kurtosis=kurtosis,
-        hist={str(bin_): n for bin_, n in zip(bins, counts, strict=True)},
-        top=[_sequence(example, vocabulary) for example in top or []],
-        random=[_sequence(example, vocabulary) for example in random or []],
-    )
-
-
-def _sequence(example: dict[str, Any], vocabulary: dict[str, list[str]]) -> Sequence:
-    token_ids, strings = example["token_ids"], vocabulary[example["corpus"]]
-    acts = [0.0] * len(token_ids)
-    for position, act in zip(example["positions"], example["acts"], strict=True):
-        acts[position] = act
-    return Sequence(
-        tokens=[strings[token_id] for token_id in token_ids],
-        acts=acts,
-        act=example["act"],
-        idx=example["idx"],
-        doc_id=example["doc_id"],
-        density=len(example["acts"]) / len(token_ids),
-        token_ints=token_ids,
-    )
 
 
 if __name__ == "__main__":

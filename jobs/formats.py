@@ -1,6 +1,7 @@
 """How each table is laid out on disk, and how its files are written and read: Parquet, and Arrow IPC for vectors."""
 
-from collections.abc import Iterable, Iterator
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final
 
@@ -99,6 +100,46 @@ def columns(path: str, file: pq.ParquetFile, row_group: int, names: Iterable[str
     return {name: found[name].to_numpy() for name in found.column_names}
 
 
+def batches(path: str, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    """Columns of a file in order, so many rows at a time; raises LakeError where it is damaged."""
+    try:
+        yield from parquet(path).iter_batches(rows, columns=names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def list_elements(path: str) -> int:
+    """Elements of all lists of a file of which one column holds lists, none empty; from its footer."""
+    footer = parquet(path).metadata
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    return sum(max(group.column(at).num_values for at in range(group.num_columns)) for group in groups)
+
+
+def rows_of_atoms(path: str, file: pq.ParquetFile, names: Sequence[str], atoms: tuple[int, int]) -> Iterator[pa.Table]:
+    """Columns, `atom` among them, of the rows of an inclusive range of atoms in a file that is sorted by atom.
+
+    A table for each row group that holds some; no other is read. Raises LakeError where the file is damaged.
+    """
+    footer = file.metadata
+    column = footer.schema.names.index("atom")
+
+    def bounds(number: int) -> tuple[int, int]:
+        found = footer.row_group(number).column(column).statistics
+        return found.min, found.max
+
+    groups = range(footer.num_row_groups)
+    first = bisect.bisect_left(groups, atoms[0], key=lambda number: bounds(number)[1])
+    for number in groups[first:]:
+        if bounds(number)[0] > atoms[1]:
+            return
+        try:
+            rows = file.read_row_group(number, list(names), use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(path, error) from None
+        start, stop = np.searchsorted(rows["atom"].to_numpy(), [atoms[0], atoms[1] + 1])
+        yield rows.slice(start, stop - start)
+
+
 def column_range(table: pa.Table, column: str) -> tuple[int, int] | None:
     """Lowest and highest value of an integer column; None where the table lacks it or is empty."""
     if column not in table.column_names or table.num_rows == 0:
@@ -119,6 +160,12 @@ def write_vectors(context_id: npt.NDArray[Any], pos: npt.NDArray[Any], vectors: 
     batch = pa.record_batch([pa.array(context_id), pa.array(pos), values], schema=schema)
     with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
+
+
+def new_array(path: str, kind: npt.DTypeLike, length: int) -> "np.memmap[Any, Any]":
+    """An array of zeros that is the local .npy file, mapped."""
+    array: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(length,))
+    return array
 
 
 def map_vectors(path: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -15,7 +15,8 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -31,6 +32,7 @@ from sae.schemas.errors import StorageError
 TEMPORARY_PREFIX = ".tmp-"
 _WILDCARD = re.compile(r"[*?]")
 _COPY_BYTES = 16 << 20
+_UPLOADS = 8  # at once
 
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space or use another disk",
@@ -315,6 +317,39 @@ def write_atomic(path: str, data: bytes | Callable[[BinaryIO], object]) -> None:
     """
     with staged(path) as temporary:
         _fill(temporary, data)
+
+
+def write_together(folder: str, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write files by their names in a folder, each of which appears whole or not at all, all of them durably.
+
+    A disk takes many at once in far less time than one after the other with `write_atomic`.
+
+    Raises:
+        StorageError: as `staged`.
+    """
+    if not is_local(folder):
+        with ThreadPoolExecutor(_UPLOADS) as pool:
+            for _ in pool.map(lambda file: write_atomic(join(folder, file[0]), file[1]), files):
+                pass
+        return
+    make_folder(folder)
+    written: list[tuple[str, str]] = []
+    try:
+        with _writing(folder):
+            for name, data in files:
+                written.append((os.path.join(folder, TEMPORARY_PREFIX + uuid.uuid4().hex), name))
+                with _writing(os.path.join(folder, name), written[-1][0]):
+                    _fill(written[-1][0], data)
+            for temporary, _ in written:
+                _sync(temporary)
+            for temporary, name in written:
+                os.replace(temporary, os.path.join(folder, name))
+            _sync(folder)
+    except BaseException:
+        for temporary, _ in written:
+            with suppress(OSError):
+                os.unlink(temporary)
+        raise
 
 
 @contextmanager

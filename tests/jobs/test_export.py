@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from sae.jobs import compact, export
 from sae.jobs.lake import connect
 from sae.schemas.config import Run
-from sae.schemas.errors import ConfigError, IncompleteError
+from sae.schemas.errors import ConfigError, IncompleteError, LakeError
 from sae.schemas.viewer import AtomFile, Manifest
 from tests.lakes import BIN_WIDTH, CORPUS, DEAD, EXAMPLES, N_LATENTS, NAME, TOKENS, Small, encode, small_lake
 from tests.tiny_run import sae
@@ -168,6 +169,50 @@ def test_an_export_that_is_not_whole_is_made_again(small: Small, lost: str) -> N
     export.run(small.config)
     assert files(small) == whole
     assert manifest(small).complete
+
+
+def test_files_are_what_their_model_would_be_written_as(small: Small) -> None:
+    export.run(small.config)
+    for name, file in atoms(small).items():
+        assert files(small)[f"{name}.json"] == file.model_dump_json(exclude_unset=True).encode()
+
+
+def test_several_processes_write_what_one_does(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export.run(small.config)
+    monkeypatch.setattr(export, "_ATOMS_PER_TASK", 3)
+    monkeypatch.setattr(export, "_ATOMS_AT_ONCE", 2)
+    export.run(changed(small.config, folder=str(tmp_path / "parallel")))
+    after = {path.name: path.read_bytes() for path in (tmp_path / "parallel" / FOLDER / "atoms").iterdir()}
+    assert after == files(small)
+
+
+def test_what_an_interrupted_export_has_done_is_not_done_again(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    export.run(small.config)
+    whole = files(small)
+    cut = manifest(small).model_copy(update={"complete": False})
+    (folder_of(small) / "manifest.json").write_text(cut.model_dump_json())
+    (folder_of(small) / "progress.json").write_text(json.dumps({"source": cut.source, "done": [[0, 3]]}))
+    (folder_of(small) / "atoms" / (".tmp-" + "0" * 32)).write_text("of a process that was killed")
+    (folder_of(small) / "atoms" / "6.json").unlink()
+    times = {atom: (folder_of(small) / "atoms" / f"{atom}.json").stat().st_mtime_ns for atom in range(4)}
+    monkeypatch.setattr(export, "_ATOMS_PER_TASK", 4)
+    export.run(small.config)
+    assert files(small) == whole
+    assert times == {atom: (folder_of(small) / "atoms" / f"{atom}.json").stat().st_mtime_ns for atom in range(4)}
+    assert manifest(small).complete
+    assert not (folder_of(small) / "progress.json").exists()
+
+
+def test_examples_of_other_latents_are_told_in_one_line(small: Small) -> None:
+    examples = small.lake.read(small.lake.snapshot().select("examples"))
+    moved = pa.array(examples["act"].to_numpy() * 2)
+    wrong = examples.set_column(examples.schema.get_field_index("act"), examples.schema.field("act"), moved)
+    with small.lake.transaction("aggregate") as transaction:
+        transaction.remove(transaction.base.select("examples"))
+        transaction.write("examples", wrong, autoencoder=NAME)
+    with pytest.raises(LakeError, match=r"an example of atom 0 of small is not among its latents; run sae aggregate"):
+        export.run(small.config)
+    assert not manifest(small).complete
 
 
 def test_a_range_holds_those_atoms_only(small: Small) -> None:
