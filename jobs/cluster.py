@@ -18,6 +18,10 @@ from sae.schemas.errors import ConfigError, SaeError
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _GPU_TOKENS: Final = 65_536
 _CPU_CONTEXTS: Final = 16
+# Compiling takes about half a minute, in which a GPU sees as many tokens of a small model.
+_COMPILE_FROM_TOKENS: Final = 50_000_000
+_GPU_RUNS: Final = 8
+_CPU_RUNS: Final = 2
 # Ray sets it for the entrypoint of a submitted job: such a driver belongs to the cluster it was submitted to.
 _IN_JOB: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -128,6 +132,11 @@ def worker_options(config: Run, n_workers: int) -> dict[str, Any]:
     return {"num_cpus": min(1.0, ray.cluster_resources().get("CPU", 1.0) / (2 * n_workers))}
 
 
+def runs_at_once(config: Run) -> int:
+    """Runs that a worker has in memory: one is computed while the others, far slower on a GPU, are written."""
+    return _GPU_RUNS if config.cluster.gpus_per_worker or _gpus() else _CPU_RUNS
+
+
 def _gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
@@ -145,6 +154,11 @@ def contexts_at_once(given: int | None, context_length: int) -> int:
     if given is not None:
         return given
     return max(1, _GPU_TOKENS // context_length) if torch.cuda.is_available() else _CPU_CONTEXTS
+
+
+def worth_compiling(tokens: int) -> bool:
+    """Whether a subject that is to see so many tokens saves more time by being compiled than that takes."""
+    return torch.cuda.is_available() and tokens >= _COMPILE_FROM_TOKENS
 
 
 def cause(error: BaseException) -> BaseException:

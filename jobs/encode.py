@@ -1,6 +1,7 @@
 """Step encode: runs subject and autoencoder over a corpus, and writes each run's latents and partial statistics."""
 
 import contextlib
+import threading
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def run(config: Run) -> None:
         return
     with cluster.connected(config):
         n_actors = config.cluster.encode_actors
-        rows = runs.each_run(config, "encode", Encoder, (encoding, plan), n_actors, plan, missing)
+        rows = runs.each_run(config, "encode", Encoder, (encoding, plan), n_actors, plan, missing, overlap=True)
     _, missing = runs.outstanding(lake.snapshot(), "encode", name, corpus, encoding["run_tokens"])
     write_views(lake)
     if missing:
@@ -59,7 +60,7 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
 
 
 class Encoder:
-    """A Ray Data actor: holds subject and autoencoder, turns run numbers into committed runs."""
+    """A Ray Data actor for several threads: holds subject and autoencoder, turns run numbers into committed runs."""
 
     def __init__(self, config: Run, encoding: dict[str, Any], plan: runs.Plan, n_workers: int) -> None:
         device = cluster.use_device(n_workers)
@@ -73,24 +74,31 @@ class Encoder:
             raise LakeError(f"autoencoder {name} was trained on meanwhile; run sae encode again")
         checkpoints.check_fit(self._autoencoder, self._subject, name)
         self._rounded_encoder = self._autoencoder.rounded_encoder()
+        width = contexts.state_of(self._lake.snapshot(), config.corpus.name)["context_length"]
+        self._contexts_at_once = cluster.contexts_at_once(config.encode.batch_contexts, width)
+        # Of the whole corpus, not of what is missing: compiled or not, all its runs have the same bits.
+        if cluster.worth_compiling(plan.n_contexts * width):
+            self._subject = self._subject.compiled(self._contexts_at_once, width)
+        # Held by the one call whose run is computed; the others write theirs.
+        self._device = threading.Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         run = int(batch["run"][0])
         corpus = contexts.load(self._lake, self._config.corpus.name, self._plan.bounds(run))
-        latents = self._latents(corpus)
+        with self._device:
+            tables = run_tables(self._latents(corpus), self._encoding)
         tokens = int(corpus.kept_tokens(self._config.subject.masked_positions).sum())
         # Another attempt at this run may have been first, with the same rows.
         with contextlib.suppress(ConflictError):
             name, corpus_name = self._config.autoencoder.name, self._config.corpus.name
-            commit_run(self._lake, name, corpus_name, self._encoding, self._plan, run, latents, tokens)
-        return {"run": [run], "tokens": [tokens], "rows": [len(latents)]}
+            commit_tables(self._lake, name, corpus_name, self._encoding, self._plan, run, tables, tokens)
+        return {"run": [run], "tokens": [tokens], "rows": [len(tables["latents"]["atom"])]}
 
     @torch.inference_mode()
     def _latents(self, corpus: contexts.Contexts) -> RunStatistics:
         found = device_statistics.RunBuilder(device_statistics.room(self._autoencoder.pre_bias.device))
-        size = cluster.contexts_at_once(self._config.encode.batch_contexts, corpus.width)
-        for start in range(0, len(corpus), size):
-            rows = np.arange(start, min(start + size, len(corpus)))
+        for start in range(0, len(corpus), self._contexts_at_once):
+            rows = np.arange(start, min(start + self._contexts_at_once, len(corpus)))
             acts, (at_row, at_pos) = kept_activations(self._subject, corpus, rows)
             row, latent, value = self._autoencoder.nonzeros(acts.float(), self._rounded_encoder)
             context_id, pos = (
@@ -110,21 +118,8 @@ def commit_run(
     latents: RunStatistics,
     tokens: int,
 ) -> None:
-    """Commits the latents of a run of `tokens` kept tokens, with its partial statistics.
-
-    Raises ConflictError where the run is in the lake, LakeError where others were encoded otherwise meanwhile, or some
-    of its contexts were dropped since the plan was made.
-    """
-    tables = run_tables(latents, encoding)
-    with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
-        runs.require_contexts(transaction, "encode", corpus, plan, run)
-        base = transaction.base
-        if base.properties.get(f"encode/{name}", encoding) != encoding:
-            raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
-        write_tables(transaction, name, corpus, plan, run, tables, tokens)
-        transaction.set(f"encode/{name}", encoding)
-        if (mark := runs.drop_mark(name, corpus, run)) in base.properties:
-            transaction.set(mark, None)
+    """`commit_tables` of latents."""
+    commit_tables(lake, name, corpus, encoding, plan, run, run_tables(latents, encoding), tokens)
 
 
 def run_tables(latents: RunStatistics, encoding: dict[str, Any]) -> dict[str, Columns]:
@@ -136,6 +131,32 @@ def run_tables(latents: RunStatistics, encoding: dict[str, Any]) -> dict[str, Co
         "top": latents.top(encoding["examples"]),
         "samples": latents.samples(encoding["examples"], encoding["seed"]),
     }
+
+
+def commit_tables(
+    lake: Lake,
+    name: str,
+    corpus: str,
+    encoding: dict[str, Any],
+    plan: runs.Plan,
+    run: int,
+    tables: dict[str, Columns],
+    tokens: int,
+) -> None:
+    """Commits what `run_tables` gave of a run of `tokens` kept tokens.
+
+    Raises ConflictError where the run is in the lake, LakeError where others were encoded otherwise meanwhile, or some
+    of its contexts were dropped since the plan was made.
+    """
+    with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
+        runs.require_contexts(transaction, "encode", corpus, plan, run)
+        base = transaction.base
+        if base.properties.get(f"encode/{name}", encoding) != encoding:
+            raise LakeError(f"encode: another command encodes with {name} in another way; let only one go on")
+        write_tables(transaction, name, corpus, plan, run, tables, tokens)
+        transaction.set(f"encode/{name}", encoding)
+        if (mark := runs.drop_mark(name, corpus, run)) in base.properties:
+            transaction.set(mark, None)
 
 
 def write_tables(

@@ -59,13 +59,14 @@ class Lake:
 
     def snapshot(self, version: int | None = None) -> Snapshot:
         """The newest version, or the one asked for."""
-        if self._latest.version < 0:
-            self._latest = self.log.checkpoint()
-        self._latest = self._latest.apply(self.log.entries(self._latest.version + 1))
-        if version is None or version == self._latest.version:
-            return self._latest
-        if not 0 <= version < self._latest.version:
-            raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {self._latest.version}")
+        latest = self._latest  # threads share a lake: what one of them read is whole
+        if latest.version < 0:
+            latest = self.log.checkpoint()
+        self._latest = latest = latest.apply(self.log.entries(latest.version + 1))
+        if version is None or version == latest.version:
+            return latest
+        if not 0 <= version < latest.version:
+            raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {latest.version}")
         before = self.log.checkpoint(version)
         return before.apply(itertools.islice(self.log.entries(before.version + 1), version - before.version))
 

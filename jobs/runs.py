@@ -1,6 +1,7 @@
 """Runs: a corpus cut into ranges of contexts, each a unit of work that any worker can do, once or again."""
 
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -98,6 +99,7 @@ class _Worker:
 
     def __init__(self, worker: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         self._make = functools.partial(worker, *arguments)
+        self._making = threading.Lock()
 
     @functools.cached_property
     def _worker(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -106,7 +108,9 @@ class _Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         try:
-            return {**self._worker(batch), "error": [""], "message": [""]}
+            with self._making:
+                worker = self._worker
+            return {**worker(batch), "error": [""], "message": [""]}
         except SaeError as error:
             nothing = {"run": batch["run"], "tokens": [0], "rows": [0]}
             return {**nothing, "error": [type(error).__name__], "message": [str(error)]}
@@ -120,11 +124,13 @@ def each_run(
     n_workers: int,
     plan: Plan,
     missing: list[int],
+    overlap: bool = False,
 ) -> int:
     """Does the missing runs with a pool of Ray Data actors; returns the rows that were written.
 
-    `worker(config, *arguments, n_workers)` is called on {"run": [i]} and gives {"run", "tokens", "rows"}, a value each.
-    A worker that dies is replaced and its run done again.
+    `worker(config, *arguments, n_workers)` is called on {"run": [i]} and gives {"run", "tokens", "rows"}, a value each;
+    with `overlap` by several threads, so that one run can be computed while others are written. A worker that dies is
+    replaced and its runs done again.
     """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -136,7 +142,11 @@ def each_run(
             _Worker,
             fn_constructor_args=(worker, (config, *arguments, n_workers)),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=n_workers),
+            compute=ray.data.ActorPoolStrategy(
+                size=n_workers,
+                max_concurrent_calls_per_actor=cluster.runs_at_once(config) if overlap else 1,
+                enable_true_multi_threading=overlap,
+            ),
             **cluster.worker_options(config, n_workers),
         )
         before = plan.n_contexts - sum(map(plan.size, missing))

@@ -30,8 +30,6 @@ _SAMPLE_ROWS: Final = 32_768
 _REPORT_EVERY_S: Final = 0.5
 # Ranks agree on whether to stop now and then only: it is a collective.
 _AGREE_EVERY_STEPS: Final = 16
-# Compiling takes about half a minute, in which a GPU trains on as many tokens of a small model.
-_COMPILE_FROM_TOKENS: Final = 50_000_000
 
 Report = tuple[int, str]
 
@@ -79,7 +77,7 @@ class Trainer:
         corpus = contexts.load(self._lake, config.corpus.name)
         subject = Subject.load(**config.subject.model_dump(), device=self._device)
         live, batch = training.source == "live", cluster.contexts_at_once(training.harvest_batch, corpus.width)
-        if live and self._on_gpu and training.tokens >= _COMPILE_FROM_TOKENS:
+        if live and cluster.worth_compiling(training.tokens):
             subject = subject.compiled(batch, corpus.width)
         source = Live(subject, corpus, batch) if live else Cached(self._lake, corpus, config.corpus.name, subject)
         kept = corpus.kept_tokens(config.subject.masked_positions)

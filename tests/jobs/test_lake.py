@@ -205,6 +205,20 @@ def test_two_processes_commit_at_the_same_time_and_all_of_it_lands(lake: Lake) -
     assert [path.name for path in log(lake)] == [f"{version:020d}.json" for version in range(25)]
 
 
+def test_threads_share_a_lake(lake: Lake) -> None:
+    def commits(thread: int) -> None:
+        for number in range(20):
+            with lake.transaction("t", f"{thread}/{number}") as transaction:
+                transaction.set(f"p{thread}", number)
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(commits, range(6)))
+    seen = lake.snapshot()
+    assert seen == Lake(lake.path).snapshot()
+    assert seen.units >= {f"{thread}/{number}" for thread in range(6) for number in range(20)}
+    assert {seen.properties[f"p{thread}"] for thread in range(6)} == {19}
+
+
 def test_a_unit_is_committed_once_and_the_loser_leaves_no_file(lake: Lake) -> None:
     before, version = on_disk(lake), lake.snapshot().version
     with pytest.raises(ConflictError, match="encode/a/c/0: already committed by another writer"):
