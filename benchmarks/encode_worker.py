@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", help="YAML of a run that is trained")
     parser.add_argument("--runs", type=int, default=3, help="runs in one turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=2, help="runs before the first turn")
     parser.add_argument("--at-once", type=int, help="runs in memory; as sae encode does when absent")
     parser.add_argument("--compiled", action="store_true", help="compile the subject, whatever the corpus' size")
     parser.add_argument("--dtype", default="float32", help="of the subject, without CONFIG")
@@ -75,7 +76,7 @@ def measure(config: Run, args: argparse.Namespace) -> dict[str, float]:
     encoding = {"seed": config.seed, "checkpoint": checkpoints.identity(snapshot, name, config.encode.weights)}
     encoding |= config.encode.model_dump(include={"run_tokens", "bin_width", "examples"})
     plan, missing = runs.outstanding(snapshot, "encode", name, corpus, config.encode.run_tokens)
-    needed = (args.turns + 1) * args.runs
+    needed = args.warm_up + args.turns * args.runs
     if len(missing) < needed:
         raise SystemExit(f"{needed} runs are needed, {len(missing)} of {config.lake} are not encoded yet")
     encoder = Encoder(config, encoding, plan, 1)
@@ -84,14 +85,15 @@ def measure(config: Run, args: argparse.Namespace) -> dict[str, float]:
         encoder._subject = encoder._subject.compiled(encoder._contexts_at_once, width)
     alone = Alone(encoder, config, plan)
     at_once = args.at_once or (cluster._GPU_RUNS if torch.cuda.is_available() else cluster._CPU_RUNS)
+    _every(alone, missing[: args.warm_up], at_once)
+    _every(encoder, missing[: args.warm_up], at_once)
     both: list[list[float]] = [[], []]
-    for turn in range(args.turns + 1):
-        some = missing[turn * args.runs : (turn + 1) * args.runs]
+    for first in range(args.warm_up, needed, args.runs):
+        some = missing[first : first + args.runs]
         both[0].append(seconds(partial(_every, alone, some, at_once)))
         both[1].append(seconds(partial(_every, encoder, some, at_once)))
-    # The first turn warms both up.
     tokens = args.runs * config.encode.run_tokens
-    bare, ours = (tokens / statistics.median(times[1:]) for times in both)
+    bare, ours = (tokens / statistics.median(times) for times in both)
     return {"encode_tok_s": round(ours), "alone_tok_s": round(bare), "ratio": round(ours / bare, 3), "at_once": at_once}
 
 
