@@ -120,7 +120,8 @@ def _launch(
 
 def _shape(d: int, k: int, settings: Settings) -> tuple[int, int, int]:
     """Rows taken together, features of each, and warps."""
-    block = int(triton.next_power_of_2(d))
+    # With one product a lane, the compiler fuses it into the sum over lanes: each then has other bits of that sum.
+    block = max(64, int(triton.next_power_of_2(d)))
     tile = max(1, min(int(triton.next_power_of_2(k)), settings["ENTRIES"] // block))
     return tile, block, max(1, min(16, block // settings["FEATURES"]))
 

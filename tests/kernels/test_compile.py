@@ -83,3 +83,35 @@ def test_a_kernel_in_no_list_and_types_of_another_kernel_are_found(tmp_path: Pat
     done = subprocess.run([sys.executable, "-c", CHECKS], env=environment, check=True, capture_output=True, text=True)
     expected = "listed takes x_ptr, n and constexprs ['BLOCK'], received types '*fp32' and constexprs ['BLOCK']"
     assert done.stdout.strip() == expected
+
+
+LANES = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from sae.kernels import reconstruct, tuning
+from sae.kernels.compiled import Compiled
+
+types = "*fp32, *i32, *fp32, *fp32, *fp32, *fp32, *fp32, *fp32, i32, i32"
+seen = 0
+for d, k in ((1, 1), (13, 4), (17, 5), (33, 37)):
+    for settings, _ in tuning.variants("reconstruct"):
+        tile, block, warps = reconstruct._shape(d, k, settings)
+        constexprs = {"ADD": True, "COMPARE": True, "TILE": tile, "BLOCK": block}
+        source = Compiled(reconstruct._reconstruct_kernel, types, constexprs).source()
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["llir"]
+        products = set(re.findall(r"(%\\d+) = fmul ", built))
+        shuffled = set(re.findall(r"(%\\d+) = tail call i32 @llvm.nvvm.shfl", built))
+        as_float = {f for f, i in re.findall(r"(%\\d+) = bitcast i32 (%\\d+) to float", built) if i in shuffled}
+        seen += len(as_float)
+        for pair in re.findall(r"fadd (?:contract )?float (%\\d+), (%\\d+)", built):
+            assert not (products & set(pair) and as_float & set(pair)), (d, k, settings, pair)
+assert seen
+"""
+
+
+def test_sums_over_lanes_take_no_product_that_could_be_fused() -> None:
+    # Fused, lanes that hold the same sum would disagree in its last bit, and which of them is stored is open.
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", LANES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
