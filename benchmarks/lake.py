@@ -30,8 +30,7 @@ from safetensors.numpy import save_file
 
 from benchmarks._report import RESULTS, finish, machine
 from benchmarks._synthetic_lake import NAME, Shape, drawn, grow
-from sae.jobs import formats
-from sae.jobs.aggregate import merged_atoms
+from sae.jobs import formats, partials
 from sae.jobs.lake import Lake, connect
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
@@ -161,7 +160,9 @@ def of_questions(name: str, folder: Path, rounds: int) -> Iterator[Cells]:
     if name == "runs":
         lake = Lake(str(folder))
         n = connection.execute("select max(atom) + 1 from moments").fetchall()[0][0]
-        took = median(lambda: merged_atoms(lake, lake.snapshot(), NAME, n), rounds)
+        took = median(
+            lambda: list(partials.atoms(lake, lake.snapshot().select("moments", autoencoder=NAME), n)), rounds
+        )
         yield [f"{name}: statistics of all atoms, from partials", f"{took:.2f} s", "-", "-", "1 s of 500M"]
     counts = connection.execute("select atom from moments group by atom order by sum(n_active) desc, atom").fetchall()
     for title, at in (("hot", 0), ("middle", len(counts) // 2), ("rare", len(counts) - len(counts) // 100 - 1)):

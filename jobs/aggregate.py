@@ -5,12 +5,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from sae import statistics
-from sae.jobs import checkpoints, contexts, decoders, progress, runs, views
-from sae.jobs.lake import DataFile, Lake, Snapshot, connect, write_views
+from sae.jobs import checkpoints, contexts, decoders, partials, progress, runs
+from sae.jobs.lake import DataFile, Lake, Snapshot, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import IncompleteError
-from sae.schemas.tables import ATOMS
 
 
 def run(config: Run) -> None:
@@ -45,42 +43,47 @@ def merge(lake: Lake, name: str) -> None:
     """
     with lake.transaction("aggregate") as transaction:
         snapshot = transaction.base
-        state = checkpoints.state_of(snapshot, name)
+        n_latents = checkpoints.state_of(snapshot, name)["n_latents"]
         moments = snapshot.select("moments", autoencoder=name)
-        atoms = merged_atoms(lake, snapshot, name, state["n_latents"])
-        connection = connect(lake.path, snapshot.version)
-        given = {"autoencoder": name, "n": snapshot.properties[f"encode/{name}"]["examples"]}
-        examples = connection.sql(views.query("examples"), params=given).to_arrow_table()
-        for table, rows in (("atoms", atoms), ("examples", examples)):
-            transaction.remove(snapshot.select(table, autoencoder=name))
-            transaction.write(table, rows, autoencoder=name)
+        transaction.remove(file for table in ("atoms", "examples") for file in snapshot.select(table, autoencoder=name))
+        live = 0
+
+        def counted() -> Iterator[pa.Table]:
+            nonlocal live
+            for rows in partials.atoms(lake, moments, n_latents):
+                live += int(np.count_nonzero(rows["n_active"].to_numpy()))
+                yield rows
+
+        transaction.write("atoms", counted(), autoencoder=name)
+        transaction.write("examples", _examples(lake, snapshot, name, n_latents), autoencoder=name)
         merged = f"aggregate/{name}"
         before = snapshot.properties.get(merged)
         transaction.set(merged, _identity(moments))
         transaction.require(lambda now: now.properties.get(merged) == before, f"{merged}: changed")
         transaction.require(lambda now: all(file.path in now.files for file in moments), f"runs of {name}: dropped")
-    live = int(np.count_nonzero(atoms["n_active"].to_numpy()))
     n_tokens = sum(file.tokens for file in moments)
-    progress.say(f"aggregate: {live:,} of {state['n_latents']:,} atoms fire, over {n_tokens:,} tokens")
+    progress.say(f"aggregate: {live:,} of {n_latents:,} atoms fire, over {n_tokens:,} tokens")
+
+
+def _examples(lake: Lake, snapshot: Snapshot, name: str, n_latents: int) -> Iterator[pa.Table]:
+    """Those of the runs that were merged before are not merged again, unless one of them is gone."""
+    moments = snapshot.select("moments", autoencoder=name)
+    before = snapshot.select("examples", autoencoder=name)
+    known = set(snapshot.properties.get(f"aggregate/{name}") or []) if before else set()
+    if not known <= set(_identity(moments)):
+        before, known = [], set()
+    new = {(file.corpus, file.run) for file in moments if file.sha256 not in known}
+    top, samples = (
+        [file for file in snapshot.select(table, autoencoder=name) if (file.corpus, file.run) in new]
+        for table in ("top", "samples")
+    )
+    encoding = snapshot.properties[f"encode/{name}"]
+    return partials.examples(lake, top, samples, before, n_latents, encoding["examples"], encoding["seed"])
 
 
 def _identity(moments: Iterable[DataFile]) -> list[str]:
     """Of the runs that atoms are merged from."""
     return sorted(file.sha256 for file in moments)
-
-
-def merged_atoms(lake: Lake, snapshot: Snapshot, name: str, n_latents: int) -> pa.Table:
-    """The table `atoms` of an autoencoder, from the moments of its runs."""
-    files = sorted(snapshot.select("moments", autoencoder=name), key=lambda file: (file.corpus or "", file.run or 0))
-    partials = ({column: found[column].to_numpy() for column in found.column_names} for found in _each(lake, files))
-    columns = statistics.atoms(partials, n_latents, max(1, sum(file.tokens for file in files)))
-    arrays = [pa.array(columns[field.name], from_pandas=field.nullable) for field in ATOMS]
-    return pa.table(arrays, names=ATOMS.names).cast(ATOMS)
-
-
-def _each(lake: Lake, files: Iterable[DataFile]) -> Iterator[pa.Table]:
-    for file in files:
-        yield lake.read([file])
 
 
 if __name__ == "__main__":

@@ -22,9 +22,17 @@ _LATENTS: Final[dict[str, Any]] = {
 }
 # No two weights are equal, but their exponents are alike: an eighth smaller than with a dictionary.
 _DECODERS: Final[dict[str, Any]] = {"use_dictionary": False, "use_byte_stream_split": ["direction.list.element"]}
-_OPTIONS: Final[dict[str, dict[str, Any]]] = {"latents": _LATENTS, "decoders": _DECODERS}
+_OPTIONS: Final[dict[str, dict[str, Any]]] = {
+    "latents": _LATENTS,
+    "latents_by_token": _LATENTS,
+    "decoders": _DECODERS,
+}
 LATENTS_ROW_GROUP: Final = 131_072
-_ROW_GROUP: Final = {"contexts": 512, "latents": LATENTS_ROW_GROUP}
+# Of partials, one of every run is in memory while they are merged; of examples, one is read to show an atom.
+_PARTIALS: Final = {"moments": 32_768, "top": 32_768, "samples": 32_768}
+# By token, questions want few rows: groups a quarter as large cost 6% more bytes.
+_LATENTS_ROW_GROUPS: Final = {"latents": LATENTS_ROW_GROUP, "latents_by_token": 32_768}
+_ROW_GROUP: Final = {"contexts": 512, **_LATENTS_ROW_GROUPS, "examples": 16_384, **_PARTIALS}
 
 
 def write(table: str, batches: Iterable[pa.Table], path: str) -> int:

@@ -126,8 +126,7 @@ class DeviceRun:
         hashed = _priority(seed, self.atom, self.context_id, self.pos)
         by_hash = (hashed ^ _SIGN).sort(stable=True).indices
         order = by_hash[self.atom[by_hash].sort(stable=True).indices]
-        rows = self._first_of_atoms(order, n)
-        return _on_host({**self._columns(rows), "priority": hashed[rows].view(torch.uint64)})
+        return _on_host(self._columns(self._first_of_atoms(order, n).sort().values))
 
     def _first_of_atoms(self, rows: Tensor, n: int) -> Tensor:
         """The first n of each atom's rows, of some rows that are ordered by atom."""

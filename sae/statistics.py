@@ -203,12 +203,12 @@ class SortedRun:
         }
 
     def samples(self, n: int, seed: int) -> Columns:
-        """Up to n rows per atom: the activations with the smallest priority."""
+        """Up to n rows per atom: the activations with the smallest priority, in the order of the run's rows."""
         hashed = priority(seed, self.atom, self.context_id, self.pos)
         chosen = self._candidates(hashed, n)
-        rows = chosen[_order(self.atom[chosen], hashed[chosen])]
-        rows = rows[_first_of_groups(_starts(self.atom[rows]), len(rows), n)]
-        return {**{name: column[rows] for name, column in self.rows().items()}, "priority": hashed[rows]}
+        first = _first(n, self.atom[chosen], hashed[chosen])
+        rows = np.sort(chosen[first])
+        return {name: column[rows] for name, column in self.rows().items()}
 
     def _candidates(self, hashed: Array, n: int) -> Array:
         """Rows that can be among the n smallest of their atom: hot atoms keep a thin, still sufficient, slice."""
@@ -222,17 +222,34 @@ class SortedRun:
         return np.flatnonzero(keep)
 
 
-def atoms(partials: Iterable[Columns], n_atoms: int, n_tokens: int) -> Columns:
+def merged_top(rows: Columns, n: int) -> Columns:
+    """SortedRun.top of all runs, ranked, from that of each: any number of rows in any order."""
+    falling = (ACT_CODES - 1 - _code(rows["act"])).astype(np.uint64) << np.uint64(65 - ACT_CODES.bit_length())
+    return _taken(rows, _first(n, rows["atom"], falling, rows["context_id"]))
+
+
+def merged_samples(rows: Columns, n: int, seed: int) -> Columns:
+    """SortedRun.samples of all runs, by priority, from those of each: any number of rows in any order."""
+    keys = rows["context_id"], rows["pos"]
+    return _taken(rows, _first(n, rows["atom"], priority(seed, rows["atom"], *keys), *keys))
+
+
+def _taken(columns: Columns, rows: Array) -> Columns:
+    return {name: column[rows] for name, column in columns.items()}
+
+
+def atoms(partials: Iterable[Columns], numbers: range, n_tokens: int) -> Columns:
     """One row per atom from the moments of runs, over all n_tokens, zeros included; skew and kurtosis are NaN where it
     never fired.
 
     mean_act = E[a], skew = E[a^3] / E[a^2]^1.5, kurtosis = E[a^4] / E[a^2]^2. Addition of floats is not associative:
     the same runs must come in the same order.
     """
+    n_atoms = len(numbers)
     n_active, max_act = np.zeros(n_atoms, np.int64), np.zeros(n_atoms)
     means = [np.zeros(n_atoms) for _ in _POWERS]
     for run in partials:
-        atom = run["atom"]
+        atom = run["atom"] - numbers.start
         n_active[atom] += run["n_active"]
         max_act[atom] = np.maximum(max_act[atom], run["max_act"])
         for total, name in zip(means, _POWERS, strict=True):
@@ -243,7 +260,7 @@ def atoms(partials: Iterable[Columns], n_atoms: int, n_tokens: int) -> Columns:
     with np.errstate(divide="ignore", invalid="ignore"):
         skew, kurtosis = cube / (square * np.sqrt(square)), fourth / (square * square)
     return {
-        "atom": np.arange(n_atoms, dtype=np.int32),
+        "atom": np.arange(numbers.start, numbers.stop, dtype=np.int32),
         "n_active": n_active,
         "n_tokens": np.full(n_atoms, n_tokens),
         "density": n_active / n_tokens,
@@ -255,20 +272,28 @@ def atoms(partials: Iterable[Columns], n_atoms: int, n_tokens: int) -> Columns:
     }
 
 
-def _order(atom: Array, hashed: Array) -> Array:
-    """Order of rows by (atom, hash, row)."""
+def _first(n: int, atom: Array, key: Array, *ties: Array) -> Array:
+    """Indices of up to n rows of each atom, by atom and smallest key (uint64), where equal by `ties`, then by row."""
+    order = _order(atom, key, *ties)
+    return order[_first_of_groups(_starts(atom[order]), len(order), n)]
+
+
+def _order(atom: Array, key: Array, *ties: Array) -> Array:
+    """Order of rows by (atom, key, ties, row)."""
+    atom = atom - int(atom.min(initial=np.iinfo(atom.dtype).max))
     room = 63 - int(atom.max(initial=0)).bit_length() - len(atom).bit_length()
     if room < 1:
-        return np.lexsort((hashed, atom))
-    cut = (hashed >> np.uint64(64 - room)).astype(np.int64)
+        return np.lexsort((*reversed(ties), key, atom))
+    cut = (key >> np.uint64(64 - room)).astype(np.int64)
     fields = Fields(int(atom.max(initial=0)), (1 << room) - 1, len(atom))
     keys = fields.pack(atom, cut, np.arange(len(atom)))
     keys.sort()
     known, row = np.divmod(keys, 1 << len(atom).bit_length())
-    # Where the first bits of two hashes are equal, the rest decides.
+    # Where the first bits of two keys are equal, the rest decides.
     same = np.flatnonzero(known[1:] == known[:-1])
     tied = np.unique(np.concatenate([same, same + 1]))
-    row[tied] = row[tied][np.lexsort((hashed[row[tied]], known[tied]))]
+    deciding = (column[row[tied]] for column in (*reversed(ties), key))
+    row[tied] = row[tied][np.lexsort((*deciding, known[tied]))]
     return row
 
 

@@ -68,6 +68,12 @@ LATENTS = _table(
     ("act", pa.float32()),
 )
 
+LATENTS_BY_TOKEN = _table(
+    "one row per nonzero latent of a run, as in latents",
+    "context_id, pos, atom",
+    *((field.name, field.type) for field in LATENTS),
+)
+
 MOMENTS = _table(
     "one row per (run, atom) with n_active > 0; sums are over activations > 0",
     "atom",
@@ -101,14 +107,13 @@ TOP = _table(
 )
 
 SAMPLES = _table(
-    "up to 50 rows per (run, atom): the activations with the smallest priority, a uniform sample that merges exactly",
-    "atom, priority, context_id, pos",
+    "up to 50 rows per (run, atom): a uniform sample that merges exactly, those whose keys have the smallest hashes",
+    "atom, context_id, pos",
     ("run", pa.int32()),
     ("atom", pa.int32()),
     ("context_id", pa.int64()),
     ("pos", pa.uint16()),
     ("act", pa.float32()),
-    ("priority", pa.uint64()),
 )
 
 ATOMS = pa.schema(
@@ -162,6 +167,7 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "vocabulary": VOCABULARY,
     "activations": activations(0),
     "latents": LATENTS,
+    "latents_by_token": LATENTS_BY_TOKEN,
     "moments": MOMENTS,
     "histograms": HISTOGRAMS,
     "top": TOP,

@@ -26,7 +26,7 @@ ORDER = {
     "moments": "corpus, run, atom",
     "histograms": "corpus, run, atom, bin",
     "top": "corpus, run, atom, act desc, context_id",
-    "samples": "corpus, run, atom, priority, context_id, pos",
+    "samples": "corpus, run, atom, context_id, pos",
     "atoms": "atom",
     "examples": "atom, kind, rank",
     "metrics": "phase, step, metric",

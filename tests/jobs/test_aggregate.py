@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from sae.jobs import aggregate, drop
+from sae.jobs import aggregate, drop, partials
 from sae.jobs.lake import connect
 from sae.schemas.errors import ConflictError
 from tests.lakes import CORPUS, N_LATENTS, NAME, Small, small_lake
@@ -28,15 +28,15 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], 
     """Lets something be done in the midst of the next merge."""
 
     def arranged(act: Callable[[], Any]) -> None:
-        merged = aggregate.merged_atoms
+        merged = partials.atoms
 
         def first(*given: Any) -> Any:
-            monkeypatch.setattr(aggregate, "merged_atoms", merged)
-            found = merged(*given)
+            monkeypatch.setattr(partials, "atoms", merged)
+            found = list(merged(*given))
             act()
             return found
 
-        monkeypatch.setattr(aggregate, "merged_atoms", first)
+        monkeypatch.setattr(partials, "atoms", first)
 
     return arranged
 

@@ -23,6 +23,7 @@ from sae.jobs import aggregate, lake_commands
 from sae.jobs.lake import connect
 from sae.schemas.config import Run
 from sae.schemas.tables import SCHEMAS
+from sae.statistics import priority
 from tests.lakes import (
     BIN_WIDTH,
     CONTEXTS_PER_RUN,
@@ -183,12 +184,11 @@ def top_examples(k: Kitchen) -> Rows:
 
 
 def random_examples(k: Kitchen) -> Rows:
-    samples = connect(k.demo.config.lake).execute(
-        f"select context_id, pos from samples where autoencoder = 'demo' and atom = {ATOM} "
-        f"order by priority limit {EXAMPLES}"
-    )
+    firing = np.argwhere(k.demo.acts[:, :, ATOM] > 0)
+    atoms = np.full(len(firing), ATOM)
+    order = np.argsort(priority(k.demo.config.seed, atoms, *firing.T))[:EXAMPLES]
     acts = k.demo.acts[:, :, ATOM]
-    return [(round(float(acts[at, pos]), 2), token_at(k, at, pos), f"{at}.txt") for at, pos in samples.fetchall()]
+    return [(round(float(acts[at, pos]), 2), token_at(k, at, pos), f"{at}.txt") for at, pos in firing[order].tolist()]
 
 
 def peak_tokens(k: Kitchen) -> Rows:

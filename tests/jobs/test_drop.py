@@ -22,7 +22,7 @@ STATISTICS = {
     "moments": "run, atom, n_active, sum_act, sum_act2, sum_act3, sum_act4, max_act",
     "histograms": "run, atom, bin, n",
     "top": "run, atom, context_id, pos, act",
-    "samples": "run, atom, context_id, pos, act, priority",
+    "samples": "run, atom, context_id, pos, act",
     "atoms": "*",
     "examples": "*",
     "latents": "atom, context_id, pos, act",

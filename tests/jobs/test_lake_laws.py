@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae.jobs import aggregate, compact, drop, encode, formats
+from sae.jobs import aggregate, compact, drop, encode, formats, partials
 from sae.jobs.lake import Lake, connect
 from sae.jobs.runs import outstanding, unit
 from sae.schemas.tables import CORPUS_SHIFT, SCHEMAS
@@ -167,8 +167,11 @@ def test_the_answers_are_those_of_one_table_of_what_is_left(
     more: list[tuple[Any, tuple[Any, ...]]],
     seed: int,
 ) -> None:
-    # Footers tell where a file can be cut: files of several row groups are needed.
-    monkeypatch.setitem(formats._ROW_GROUP, "latents", 4)
+    # Footers tell where a file can be cut: files of several row groups are needed, and several parts of the atoms.
+    for table in ("latents", "moments", "top", "samples", "examples"):
+        monkeypatch.setitem(formats._ROW_GROUP, table, 4)
+    monkeypatch.setattr(partials, "_ATOMS_AT_ONCE", 3)
+    monkeypatch.setattr(partials, "_ROWS_AT_ONCE", 20)
     world = World.new(tmp_path_factory.mktemp("lake"), np.random.default_rng(seed))
     for run in first[: seed % 7 + 1]:
         encode_run(world, *run)
