@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ class Encoder:
         self._device = threading.Lock()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        run = int(batch["run"][0])
+        began, run = time.time(), int(batch["run"][0])
         corpus = contexts.load(self._lake, self._config.corpus.name, self._plan.bounds(run))
         with self._device:
             tables = run_tables(self._latents(corpus), self._encoding)
@@ -91,7 +92,7 @@ class Encoder:
         # Another attempt at this run may have been first, with the same rows.
         with contextlib.suppress(ConflictError):
             name, corpus_name = self._config.autoencoder.name, self._config.corpus.name
-            commit_tables(self._lake, name, corpus_name, self._encoding, self._plan, run, tables, tokens)
+            commit_tables(self._lake, name, corpus_name, self._encoding, self._plan, run, tables, tokens, began)
         return {"run": [run], "tokens": [tokens], "rows": [len(tables["latents"]["atom"])]}
 
     @torch.inference_mode()
@@ -142,13 +143,14 @@ def commit_tables(
     run: int,
     tables: dict[str, Columns],
     tokens: int,
+    began: float | None = None,
 ) -> None:
-    """Commits what `run_tables` gave of a run of `tokens` kept tokens.
+    """Commits what `run_tables` gave of a run of `tokens` kept tokens; see `Lake.transaction` for `began`.
 
     Raises ConflictError where the run is in the lake, LakeError where others were encoded otherwise meanwhile, or some
     of its contexts were dropped since the plan was made.
     """
-    with lake.transaction("encode", runs.unit("encode", name, corpus, run)) as transaction:
+    with lake.transaction("encode", runs.unit("encode", name, corpus, run), began) as transaction:
         runs.require_contexts(transaction, "encode", corpus, plan, run)
         base = transaction.base
         if base.properties.get(f"encode/{name}", encoding) != encoding:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import string
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import PurePath
@@ -51,30 +52,37 @@ def run(config: Run) -> None:
     if manifest.bin_width != _VIEWER_BIN_WIDTH:
         progress.say(f"export: bins are {manifest.bin_width} wide; the reference viewer draws {_VIEWER_BIN_WIDTH}")
     _remove_others(folder, numbers)
-    _write_missing(config, folder, manifest, numbers)
-    _write_manifest(folder, manifest.model_copy(update={"complete": True}))
+    seconds = _write_missing(config, folder, manifest, numbers)
+    _write_manifest(folder, manifest.model_copy(update={"complete": True, "seconds": round(seconds, 3)}))
     storage.remove(storage.join(folder, _PROGRESS))
     progress.say(f"export: {len(numbers):,} atoms of {manifest.autoencoder} in {folder}")
 
 
-def _write_missing(config: Run, folder: str, manifest: Manifest, numbers: range) -> None:
-    """Writes the ranges of atoms that an earlier command, of the same source, has not noted as done."""
+def _write_missing(config: Run, folder: str, manifest: Manifest, numbers: range) -> float:
+    """Writes the ranges of atoms that an earlier command, of the same source, has not noted as done.
+
+    Returns the seconds that this and such earlier commands took.
+    """
+    start = time.monotonic()
     ranges = [(low, min(low + _ATOMS_PER_TASK, numbers.stop) - 1) for low in numbers[::_ATOMS_PER_TASK]]
-    done = _done(folder, manifest.source)
+    done, earlier = _done(folder, manifest.source)
     missing = [each for each in ranges if each not in done]
     before = sum(high + 1 - low for low, high in done)
     with progress.bar("export", len(numbers), "atoms", before) as bar:
         for low, high in _written_each(config, folder, manifest, missing):
             done.append((low, high))
-            noted = {"source": manifest.source, "done": done}
+            noted = {"source": manifest.source, "done": done, "seconds": earlier + time.monotonic() - start}
             storage.write_atomic(storage.join(folder, _PROGRESS), json.dumps(noted).encode())
             bar.advance(high + 1 - low)
+    return earlier + time.monotonic() - start
 
 
-def _done(folder: str, source: str) -> list[Range]:
-    """The ranges whose files are there, as a command that was interrupted has noted it."""
+def _done(folder: str, source: str) -> tuple[list[Range], float]:
+    """The ranges whose files are there, and the seconds it took, as a command that was interrupted has noted it."""
     noted = json.loads(storage.read_if_there(storage.join(folder, _PROGRESS)) or "{}")
-    return [(low, high) for low, high in noted["done"]] if noted.get("source") == source else []
+    if noted.get("source") != source:
+        return [], 0.0
+    return [(low, high) for low, high in noted["done"]], noted.get("seconds", 0.0)
 
 
 def _written_each(config: Run, folder: str, manifest: Manifest, missing: list[Range]) -> Iterator[Range]:

@@ -1,6 +1,7 @@
 """Step harvest: caches the subject's activations over a corpus, in half precision, for training.source: cached."""
 
 import contextlib
+import time
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Harvester:
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        run = int(batch["run"][0])
+        began, run = time.time(), int(batch["run"][0])
         corpus = contexts.load(self._lake, self._config.corpus.name, self._plan.bounds(run))
         batch_contexts = cluster.contexts_at_once(self._config.training.harvest_batch, corpus.width)
         live = Live(self._subject, corpus, batch_contexts)
@@ -60,15 +61,15 @@ class Harvester:
             )
         # Another attempt at this run may have been first, with the same rows.
         with contextlib.suppress(ConflictError):
-            self._commit(run, corpus, vectors.cpu().numpy())
+            self._commit(run, corpus, vectors.cpu().numpy(), began)
         return {"run": [run], "tokens": [len(vectors)], "rows": [len(vectors)]}
 
-    def _commit(self, run: int, corpus: contexts.Contexts, vectors: contexts.Array) -> None:
+    def _commit(self, run: int, corpus: contexts.Contexts, vectors: contexts.Array, began: float) -> None:
         owner, name = self._subject.fingerprint[:12], self._config.corpus.name
         at_row, pos = self._kept(corpus)
         context_id = corpus.context_id[at_row]
         named = {"corpus": name, "subject": owner, "run": run, "rows": len(vectors), "tokens": len(vectors)}
-        with self._lake.transaction("harvest", runs.unit("harvest", owner, name, run)) as transaction:
+        with self._lake.transaction("harvest", runs.unit("harvest", owner, name, run), began) as transaction:
             runs.require_contexts(transaction, "harvest", name, self._plan, run)
             transaction.write_with(
                 "activations",

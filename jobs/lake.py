@@ -70,8 +70,9 @@ class Lake:
         before = self.log.checkpoint(version)
         return before.apply(itertools.islice(self.log.entries(before.version + 1), version - before.version))
 
-    def transaction(self, operation: str, unit: str | None = None) -> "Transaction":
-        return Transaction(self, operation, unit)
+    def transaction(self, operation: str, unit: str | None = None, began: float | None = None) -> "Transaction":
+        """What is committed notes how long it took: since `began`, in seconds since the epoch, or since now."""
+        return Transaction(self, operation, unit, time.time() if began is None else began)
 
     def absolute(self, file: DataFile | str) -> str:
         return storage.join(self.path, file if isinstance(file, str) else file.path)
@@ -159,10 +160,10 @@ class Transaction:
     no longer holds.
     """
 
-    def __init__(self, lake: Lake, operation: str, unit: str | None) -> None:
+    def __init__(self, lake: Lake, operation: str, unit: str | None, began: float) -> None:
         self.lake = lake
         self.base = lake.snapshot()
-        self._operation, self._unit = operation, unit
+        self._operation, self._unit, self._began = operation, unit, began
         self._id, self._tried = secrets.token_hex(16), -1
         self._add: list[DataFile] = []
         self._remove: list[str] = []
@@ -283,6 +284,7 @@ class Transaction:
                     "operation": self._operation,
                     "unit": self._unit,
                     "created": time.strftime(_CREATED, time.gmtime()),
+                    "span": [round(self._began, 3), round(time.time(), 3)],
                     "add": [file.to_json() for file in self._add],
                     "remove": self._remove,
                     "forget": self._forget,

@@ -23,7 +23,7 @@ _ENTRY: Final = re.compile(r"(\d{20})\.json")
 _CHECKPOINT: Final = re.compile(r"(\d{20})\.checkpoint\.json")
 _ENTRY_KEYS: Final = frozenset({"version", "unit", "add", "remove", "forget", "set"})
 # A key that has no checksum in it can be one whose name was damaged.
-_KNOWN_KEYS: Final = _ENTRY_KEYS | {"format", "id", "operation", "created", "sha256"}
+_KNOWN_KEYS: Final = _ENTRY_KEYS | {"format", "id", "operation", "created", "span", "sha256"}
 
 Entry = dict[str, Any]
 

@@ -1,6 +1,7 @@
 """Step tokenize: reads the corpus, cuts each document into contexts, writes `documents`, `contexts`, `vocabulary`."""
 
 import itertools
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -62,11 +63,14 @@ def run(config: Run) -> None:
     tokenizer = load_tokenizer(config.subject.model)
     _check_length(config)
     total, earlier = sum(file.size for file in reader.files), state["bad_rows"]
+    began = time.time()
     with progress.bar("tokenize", total, "bytes", _bytes_before(reader, state["next"][0])) as bar:
         for shard, following in _shards(config, reader, tokenizer, state):
             state = _after(state, shard, following, reader, earlier)
-            with lake.transaction("tokenize", f"tokenize/{config.corpus.name}/{state['n_shards']}") as transaction:
+            unit = f"tokenize/{config.corpus.name}/{state['n_shards']}"
+            with lake.transaction("tokenize", unit, began) as transaction:
                 _write(transaction, config.corpus.name, shard, state, tokenizer)
+            began = time.time()
             bar.advance(_bytes_before(reader, following[0]) - bar.done)
     write_views(lake)
     progress.say(f"tokenize: {_summary(state)}; {reader.bad_rows}")

@@ -110,7 +110,8 @@ class Manifest(_Strict):
     """What the atom files of one folder were made from; `complete` once they all are there.
 
     `n_tokens` is the denominator of density and moments: the tokens of `corpora`, without those at the masked
-    positions of their contexts. `source` changes when the files would: a second export compares it.
+    positions of their contexts. `source` changes when the files would: a second export compares it. `seconds` is how
+    long it took to write them, but for what an interrupted export had not noted as done.
     """
 
     complete: bool
@@ -131,6 +132,7 @@ class Manifest(_Strict):
     sign_convention: str
     lake_version: Count
     versions: dict[str, str]
+    seconds: Annotated[float, Field(ge=0)] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

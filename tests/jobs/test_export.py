@@ -191,7 +191,9 @@ def test_what_an_interrupted_export_has_done_is_not_done_again(small: Small, mon
     whole = files(small)
     cut = manifest(small).model_copy(update={"complete": False})
     (folder_of(small) / "manifest.json").write_text(cut.model_dump_json())
-    (folder_of(small) / "progress.json").write_text(json.dumps({"source": cut.source, "done": [[0, 3]]}))
+    (folder_of(small) / "progress.json").write_text(
+        json.dumps({"source": cut.source, "done": [[0, 3]], "seconds": 1e6})
+    )
     (folder_of(small) / "atoms" / (".tmp-" + "0" * 32)).write_text("of a process that was killed")
     (folder_of(small) / "atoms" / "6.json").unlink()
     times = {atom: (folder_of(small) / "atoms" / f"{atom}.json").stat().st_mtime_ns for atom in range(4)}
@@ -200,6 +202,7 @@ def test_what_an_interrupted_export_has_done_is_not_done_again(small: Small, mon
     assert files(small) == whole
     assert times == {atom: (folder_of(small) / "atoms" / f"{atom}.json").stat().st_mtime_ns for atom in range(4)}
     assert manifest(small).complete
+    assert 1e6 < (manifest(small).seconds or 0.0) < 1.001e6, "of both commands together"
     assert not (folder_of(small) / "progress.json").exists()
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ def run_python(script: str, lake: Lake) -> subprocess.CompletedProcess[str]:
 
 
 # Commit
+
+
+@pytest.mark.parametrize("earlier", [None, 100.0])
+def test_an_entry_tells_from_when_to_when_the_work_took(lake: Lake, earlier: float | None) -> None:
+    start = time.time()
+    given = {} if earlier is None else {"began": start - earlier}
+    with lake.transaction("encode", "encode/a/c/1", **given):
+        pass
+    entry = lake.log.entry(1)
+    assert entry is not None
+    began, ended = entry["span"]
+    assert began == pytest.approx(start - (earlier or 0.0), abs=60)
+    assert start - 0.001 <= ended <= time.time() + 0.001
 
 
 def test_files_and_properties_are_seen_together_after_the_commit_only(lake: Lake) -> None:
