@@ -8,15 +8,23 @@ import torch
 from torch import Tensor
 
 
+def ratio(error: Tensor, power: Tensor) -> Tensor:
+    """error / power of each row; zero for a row of zeros, by which nothing can be measured.
+
+    Subjects give such rows: one alone would make the mean of a batch infinite.
+    """
+    nothing = power == 0
+    return torch.where(nothing, 0, error / torch.where(nothing, 1, power))
+
+
 def normalized_mse(recons: Tensor, x: Tensor) -> Tensor:
-    """Mean over rows of (mean squared error of the row / mean square of the row of x [..., d])."""
-    return ((recons - x).square().mean(dim=-1) / x.square().mean(dim=-1)).mean()
+    """Mean over rows of (mean squared error of the row / mean square of the row of x [..., d]); see `ratio`."""
+    return ratio((recons - x).square().mean(dim=-1), x.square().mean(dim=-1)).mean()
 
 
 def normalized_l1(latents: Tensor, x: Tensor) -> Tensor:
-    """Mean over rows of (sum of |latents| of the row / norm of the row of x [..., d])."""
-    per_row: Tensor = latents.abs().sum(dim=-1) / torch.linalg.vector_norm(x, dim=-1)
-    return per_row.mean()
+    """Mean over rows of (sum of |latents| of the row / norm of the row of x [..., d]); see `ratio`."""
+    return ratio(latents.abs().sum(dim=-1), torch.linalg.vector_norm(x, dim=-1)).mean()
 
 
 def autoencoder_loss(recons: Tensor, x: Tensor, latents: Tensor, l1_coef: float) -> Tensor:
@@ -39,9 +47,7 @@ def auxk_loss(aux_recons: Tensor, residual: Tensor) -> Tensor:
 
     A row with nothing left over (0 / 0) counts as zero, in the loss and in the gradient.
     """
-    power = residual.square().mean(dim=-1)
-    error = (aux_recons - residual).square().mean(dim=-1)
-    return torch.where(power > 0, error / torch.where(power > 0, power, 1), 0).mean()
+    return ratio((aux_recons - residual).square().mean(dim=-1), residual.square().mean(dim=-1)).mean()
 
 
 def topk_loss(

@@ -42,6 +42,27 @@ def test_a_row_with_no_residual_adds_nothing_to_the_auxk_loss_or_its_gradient() 
     assert recons.grad[1].isfinite().all()
 
 
+def test_a_row_of_zeros_adds_nothing_to_the_losses_of_a_batch_or_their_gradient() -> None:
+    """Subjects give such rows: tokens that have no embedding, at positions that see nothing else."""
+    x = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    recons = torch.tensor([[1.0, 1.0], [3.0, 0.0]], requires_grad=True)
+    latents = torch.tensor([[2.0], [5.0]], requires_grad=True)
+    loss = autoencoder_loss(recons, x, latents, 0.5)
+    assert loss.item() == pytest.approx((16 / 25 + 0.5 * 1) / 2)
+    loss.backward()
+    assert recons.grad is not None
+    assert latents.grad is not None
+    assert recons.grad[0].tolist() == [0, 0]
+    assert latents.grad[0].tolist() == [0]
+    assert recons.grad[1].isfinite().all()
+
+
+def test_what_is_not_a_number_stays_so_in_the_losses() -> None:
+    x = torch.tensor([[float("nan"), 0.0], [3.0, 4.0]])
+    assert normalized_mse(torch.zeros(2, 2), x).isnan()
+    assert normalized_l1(torch.zeros(2, 1), x).isnan()
+
+
 def test_auxk_trains_neither_the_main_reconstruction_nor_the_target() -> None:
     x = torch.tensor([[1.0, 2.0]])
     recons = torch.tensor([[0.5, 1.0]], requires_grad=True)
