@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     drop = _add(commands, "drop", "take a part out of a lake", _lake_command("drop"), "lake")
     drop.add_argument("--latents", metavar="AUTOENCODER", help="its latents, statistics and examples")
     drop.add_argument("--run", metavar="CORPUS/NUMBER", help="with --latents: only those of a run")
+    drop.add_argument("--by-token", action="store_true", help="with --latents: only their copy in the order of tokens")
     drop.add_argument("--autoencoder", metavar="AUTOENCODER", help="its latents, checkpoints and metrics")
     drop.add_argument("--corpus", help="its latents by all autoencoders, or by that of --latents")
     drop.add_argument("--with-text", action="store_true", help="with --corpus: also its text and all else of it")

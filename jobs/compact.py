@@ -1,18 +1,19 @@
 """Step compact: merges the sorted runs of an autoencoder into files of atom ranges, each sorted as the runs are.
 
 What was compacted before is merged again only where it is not much larger than what is new, so that a row is written
-a number of times that grows with the logarithm of the lake's size.
+a number of times that grows with the logarithm of the lake's size. Where it is asked for, runs are first copied in the
+order of tokens.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import ray
 from ray.exceptions import RayError
 
-from sae.jobs import cluster, merge, progress
+from sae.jobs import by_token, cluster, merge, progress
 from sae.jobs.lake import DataFile, Lake, Range, Snapshot, write_views
 from sae.schemas.config import Run
 from sae.schemas.errors import IncompleteError
@@ -21,8 +22,7 @@ _MB: Final = 10**6
 _GROWTH: Final = 8  # rows of a compacted set for each new one, from which on it is left alone
 
 
-Writes = functools.partial[list[DataFile]]
-Makes = Callable[[Writes, list[Range]], Iterator[list[DataFile]]]
+Makes = Callable[[functools.partial[list[DataFile]], list[Range]], Iterator[list[DataFile]]]
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,14 @@ def run(config: Run) -> None:
     snapshot = lake.snapshot()
     if f"encode/{name}" not in snapshot.properties:
         raise IncompleteError(f"compact: {name} has no latents in {config.lake}; run sae encode first")
+    by_tasks = functools.partial(_by_tasks, config)
+    if config.compact.by_token:
+        n_copied = by_token.refresh(lake, name, config.compact.memory_mb * _MB, by_tasks)
+        progress.say(f"compact: copied {n_copied} runs of {name} by token")
     before = snapshot.select("latents", autoencoder=name)
     _remove_empty(lake, before)
     while chosen := _worth_merging(lake.snapshot(), config):
-        merge_sets(lake, name, chosen, config.compact.file_rows, functools.partial(_by_tasks, config))
+        merge_sets(lake, name, chosen, config.compact.file_rows, by_tasks)
     files = lake.snapshot().select("latents", autoencoder=name)
     if files == before:
         progress.say(f"compact: the latents of {name} are compact")
@@ -113,16 +117,16 @@ def merge_sets(lake: Lake, name: str, chosen: list[Sorted], file_rows: int, made
             bar.advance(1)
 
 
-def _by_tasks(config: Run, write: Writes, ranges: list[Range]) -> Iterator[list[DataFile]]:
-    """The files of each range; of several, made in as many processes as there are processors."""
-    if len(ranges) == 1:
-        yield write(ranges[0])
+def _by_tasks(config: Run, work: functools.partial[Any], parts: Sequence[Any]) -> Iterator[Any]:
+    """What the work gives of each part; of several, done in as many processes as there are processors."""
+    if len(parts) < 2:
+        yield from map(work, parts)
         return
     with cluster.connected(config):
         # A node with less memory than asked for still runs one at a time.
         largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-        task = ray.remote(num_cpus=1, memory=min(config.compact.memory_mb * _MB, int(largest)))(write.func)
-        pending = [task.remote(*write.args, each) for each in ranges]
+        task = ray.remote(num_cpus=1, memory=min(config.compact.memory_mb * _MB, int(largest)))(work.func)
+        pending = [task.remote(*work.args, each) for each in parts]
         try:
             while pending:
                 (done,), pending = ray.wait(pending)

@@ -46,6 +46,21 @@ def autoencoder(lake: Lake, name: str, *, whole: bool) -> list[DataFile]:
     return files
 
 
+def by_token(lake: Lake, name: str) -> list[DataFile]:
+    """Takes out the copies of an autoencoder's latents in the order of tokens; returns the files.
+
+    Raises LakeError where there are none.
+    """
+    with lake.transaction("drop") as transaction:
+        files = transaction.base.select("latents_by_token", autoencoder=name)
+        if not files:
+            raise LakeError(
+                f"--by-token: {name} has no copy by token; sae compact makes one where compact.by_token is true"
+            )
+        transaction.remove(files)
+    return files
+
+
 def latents(lake: Lake, corpus: str, names: Collection[str], number: int | None = None) -> int:
     """Takes out the rows of a corpus, or of one of its runs, by some autoencoders; returns how many.
 

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sae.jobs import formats
+from sae.jobs import by_token, formats
 from sae.jobs.lake import DataFile, Lake, Range, Snapshot, connect, write_views
 from sae.jobs.progress import say
 from sae.jobs.ranges import size, united
@@ -29,12 +29,13 @@ _UNLIMITED_WIDTH: Final = 1_000_000
 # What CREATE makes is in memory. MULTI is PIVOT.
 _READS: Final = frozenset({"SELECT", "MULTI", "SET", "CREATE"})
 _EXPLAIN: Final = re.compile(r"^\s*explain(\s+analyze)?(\s*\([^)]*\))?\s", re.IGNORECASE)
-_DROPPED: Final = ("latents", "run", "autoencoder", "corpus", "with_text", "contexts", "doc")
+_DROPPED: Final = ("latents", "run", "autoencoder", "corpus", "with_text", "contexts", "doc", "by_token")
 # Which arguments of drop go together, as they are told.
 _DROPS: Final = {
     frozenset({"latents"}): "--latents AUTOENCODER",
     frozenset({"latents", "run"}): "--latents AUTOENCODER --run CORPUS/NUMBER",
     frozenset({"latents", "corpus"}): "--latents AUTOENCODER --corpus CORPUS",
+    frozenset({"latents", "by_token"}): "--latents AUTOENCODER --by-token",
     frozenset({"autoencoder"}): "--autoencoder AUTOENCODER",
     frozenset({"corpus"}): "--corpus CORPUS",
     frozenset({"corpus", "with_text"}): "--corpus CORPUS --with-text",
@@ -153,6 +154,8 @@ def _unfinished(snapshot: Snapshot) -> Iterator[str]:
             missing = [run for run in missing if runs.drop_mark(name, corpus, run) not in snapshot.properties]
             if missing:
                 yield f"encode of {corpus} with {name} ({len(missing)} of {plan.n_runs} runs are missing)"
+        if snapshot.select(by_token.TABLE, autoencoder=name) and (left := by_token.missing(snapshot, name)):
+            yield f"copy by token of {name} ({len(left)} runs have none)"
         if moments and merged.get(name) != sorted(file.sha256 for file in moments):
             yield f"aggregate of {name}"
 
@@ -334,6 +337,9 @@ def _dropped(lake: Lake, chosen: dict[str, Any]) -> str:
         case {"autoencoder": name}:
             _check_known(snapshot, "autoencoder", "--autoencoder", "autoencoder", name)
             return f"autoencoder {name} ({_counted(parts.autoencoder(lake, name, whole=True))})"
+        case {"latents": name, "by_token": True}:
+            _check_known(snapshot, "encode", "--latents", "latents of", name)
+            return f"the copy by token of {name} ({_counted(parts.by_token(lake, name))})"
         case {"latents": name, "run": run}:
             _check_known(snapshot, "encode", "--latents", "latents of", name)
             corpus, number = _run(snapshot, run)

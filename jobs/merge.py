@@ -47,6 +47,18 @@ def merged(chains: Sequence[Chain], atoms: Range, contexts: Sequence[Range] | No
             yield part.unpack(keys)
 
 
+def act_codes(act: npt.NDArray[np.float32], path: str) -> npt.NDArray[np.int32]:
+    """Stored activations [m] of a file as integers of the same order; raises LakeError where encode wrote no such."""
+    found = act.view(np.int32)
+    bits = int(np.bitwise_or.reduce(found)) if len(found) else 0
+    if bits < 0 or bits & ((1 << MANTISSA_DROPPED) - 1):
+        raise LakeError(
+            f"{path}: holds activations that are not positive and rounded to 10 bits; encode writes such, "
+            "restore the file from a copy"
+        )
+    return found >> MANTISSA_DROPPED
+
+
 def row_groups(chain: Chain) -> Iterator[RowGroup]:
     """Of every file, from its footer alone."""
     for path in chain:
@@ -72,17 +84,11 @@ class _Packing:
         return cls(atoms, min(corpora), Fields(*largest))
 
     def pack(self, rows: Rows, path: str) -> Keys:
-        act = rows["act"].view(np.int32)
-        bits = int(np.bitwise_or.reduce(act)) if len(act) else 0
-        if bits < 0 or bits & ((1 << MANTISSA_DROPPED) - 1):
-            raise LakeError(
-                f"{path}: holds activations that are not positive and rounded to 10 bits; encode writes such, "
-                "restore the file from a copy"
-            )
+        code = act_codes(rows["act"], path)
         context = rows["context_id"]
         corpus = (context >> CORPUS_SHIFT) - self.first_corpus
         atom = rows["atom"] - np.int32(self.atoms[0])
-        return self.fields.pack(atom, corpus, context & _ORDINAL, rows["pos"], act >> MANTISSA_DROPPED)
+        return self.fields.pack(atom, corpus, context & _ORDINAL, rows["pos"], code)
 
     def unpack(self, keys: Keys) -> pa.Table:
         atom, corpus, context, pos, code = self.fields.unpack(keys, np.int32, np.int16, np.int64, np.uint16, np.int32)

@@ -1,11 +1,12 @@
 """The SQL that opens a lake version: a view per table over exactly the files of that version, then the macros."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
 
+from sae.jobs import ranges
 from sae.schemas.tables import SCHEMAS
 
 # What a table's file is about but does not repeat in every row.
@@ -14,6 +15,7 @@ _PER_FILE: Final[dict[str, tuple[str, ...]]] = {
     "contexts": ("corpus",),
     "vocabulary": ("corpus",),
     "latents": ("autoencoder",),
+    "latents_by_token": ("autoencoder",),
     "moments": ("autoencoder", "corpus"),
     "histograms": ("autoencoder", "corpus"),
     "top": ("autoencoder", "corpus"),
@@ -30,6 +32,7 @@ Bounds = Mapping[str, Range]
 """Of the rows that are shown, first and last value of a key: atom or context_id."""
 # Which attribute of a file says what values of the key are in it.
 _RANGES: Final = {"atom": "atoms", "context_id": "contexts"}
+_EVERY_ID: Final = (0, 2**63 - 1)
 
 _RUNS: Final = {
     "autoencoder": "VARCHAR",
@@ -77,6 +80,8 @@ class File(Protocol):
     @property
     def run(self) -> int | None: ...
     @property
+    def rows(self) -> int: ...
+    @property
     def tokens(self) -> int: ...
     @property
     def atoms(self) -> Range | None: ...
@@ -106,7 +111,9 @@ def statements(root: str, files: Iterable[File], properties: Mapping[str, Any], 
     for file in files:
         if file.table in by_table:
             by_table[file.table].append(file)
-    views = [_table_view(root, table, by_table[table], bounds or {}) for table in _PER_FILE]
+    branches = {table: _branches(root, table, by_table[table], bounds or {}) for table in _PER_FILE}
+    branches["latents_by_token"] += _not_by_token(root, by_table, bounds or {})
+    views = [_table_view(table, each) for table, each in branches.items()]
     views.append(_values_view("runs", _RUNS, _runs(by_table["moments"])))
     views.append(_values_view("autoencoders", _AUTOENCODERS, _autoencoders(properties)))
     views.append(_values_view("corpora", _CORPORA, _properties(properties, "corpus")))
@@ -122,20 +129,50 @@ def _macros() -> list[str]:
     ]
 
 
-def _table_view(root: str, table: str, files: list[File], bounds: Bounds) -> str:
+def _table_view(table: str, branches: list[str]) -> str:
+    body = "\nunion all ".join(branches) if branches else _empty(table)
+    return f"create or replace view {table} as {body};"
+
+
+def _branches(
+    root: str, table: str, files: list[File], bounds: Bounds, contexts: Sequence[Range] = (_EVERY_ID,)
+) -> list[str]:
+    """A SELECT for each autoencoder or corpus, over the files that can hold rows within the bounds."""
     groups: dict[tuple[str | None, ...], list[str]] = {}
     # DuckDB opens every file that a view names, be it only to see from its footer that it is not needed.
     for file in (file for file in files if may_show(file, bounds)):
         key = tuple(getattr(file, column) for column in _PER_FILE[table])
         groups.setdefault(key, []).append(f"{root}/{file.path}")
-    within = " and ".join(f"{key} between {bounds[key][0]} and {bounds[key][1]}" for key in _keys(table, bounds))
-    where = f" where {within}" if within else ""
-    branches = [
+    conditions = [f"{key} between {bounds[key][0]} and {bounds[key][1]}" for key in _keys(table, bounds)]
+    if contexts != (_EVERY_ID,):
+        conditions.append(f"({' or '.join(f'context_id between {low} and {high}' for low, high in contexts)})")
+    where = f" where {' and '.join(conditions)}" if conditions else ""
+    return [
         f"select {_constants(table, key)}, * from read_parquet([{', '.join(map(quote, sorted(paths)))}]){where}"
         for key, paths in sorted(groups.items(), key=lambda item: str(item[0]))
     ]
-    body = "\nunion all ".join(branches) if branches else _empty(table)
-    return f"create or replace view {table} as {body};"
+
+
+def _not_by_token(root: str, by_table: Mapping[str, list[File]], bounds: Bounds) -> Iterator[str]:
+    """SELECTs of the latents of which there is no copy by token."""
+    for name in sorted({str(file.autoencoder) for file in by_table["latents"]}):
+        files, copies, moments = (
+            [file for file in by_table[table] if file.autoencoder == name]
+            for table in ("latents", "latents_by_token", "moments")
+        )
+        left = _without_copy(copies, moments)
+        files = [file for file in files if ranges.within(left, file.contexts or _EVERY_ID)]
+        yield from _branches(root, "latents", files, bounds, left)
+
+
+def _without_copy(copies: list[File], moments: list[File]) -> Sequence[Range]:
+    """The contexts of an autoencoder's runs that have no copy by token."""
+    if not copies:
+        return (_EVERY_ID,)
+    copied = {(file.corpus, file.run) for file in copies}
+    runs = [file for file in moments if file.rows and (file.corpus, file.run) not in copied]
+    held = [file.contexts or _EVERY_ID for file in copies]
+    return ranges.united(part for run in runs for part in ranges.without(run.contexts or _EVERY_ID, held))
 
 
 def _constants(table: str, values: tuple[str | None, ...]) -> str:

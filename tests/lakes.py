@@ -115,12 +115,14 @@ def encode(small: Small, run: int) -> None:
         "samples": latents.samples(EXAMPLES, 0),
     }
     name = small.config.autoencoder.name
-    tokens = sum(len(tokens) - 1 for tokens in small.contexts[bounds])
+    held = small.contexts[bounds]
+    tokens = sum(len(tokens) - 1 for tokens in held)
     with small.lake.transaction("encode", runs.unit("encode", name, CORPUS, run)) as transaction:
         for table, columns in tables.items():
             rows = {"run": np.full(len(columns["atom"]), run, np.int32), **columns}
             data = pa.table({key: rows[key] for key in SCHEMAS[table].names}).cast(SCHEMAS[table])
-            transaction.write(table, data, corpus=CORPUS, autoencoder=name, run=run, tokens=tokens)
+            named: dict[str, Any] = {"corpus": CORPUS, "autoencoder": name, "run": run, "tokens": tokens}
+            transaction.write(table, data, contexts=(bounds.start, bounds.start + len(held) - 1), **named)
         fixed = {"run_tokens": small.config.encode.run_tokens, "bin_width": BIN_WIDTH, "examples": EXAMPLES}
         checkpoint = checkpoints.identity(transaction.base, name)
         transaction.set(f"encode/{name}", {"checkpoint": checkpoint, "seed": 0, **fixed})

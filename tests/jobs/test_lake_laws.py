@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sae.jobs import aggregate, compact, drop, encode, formats, partials
+from sae.jobs import aggregate, by_token, compact, drop, encode, formats, partials
 from sae.jobs.lake import Lake, connect
 from sae.jobs.runs import outstanding, unit
 from sae.schemas.tables import CORPUS_SHIFT, SCHEMAS
@@ -115,6 +115,17 @@ def merge(world: World, chosen: int, file_rows: int) -> None:
         compact.merge_sets(world.lake, NAME, some, file_rows)
 
 
+def copy_by_token(world: World, memory: int) -> None:
+    """Those that have no copy, so many bytes of rows at once."""
+    before = set(world.lake.snapshot().select(by_token.TABLE))
+    n = len(by_token.missing(world.lake.snapshot(), NAME))
+    assert by_token.refresh(world.lake, NAME, memory) == n
+    now = world.lake.snapshot().select(by_token.TABLE)
+    assert before <= set(now)
+    assert len(now) == len(before) + n
+    assert {(file.corpus, file.run) for file in now} == {run for run in world.encoded if world.rows(*run)}
+
+
 def drop_run(world: World, corpus: str, run: int) -> None:
     if (corpus, run) in world.encoded:
         taken = drop.latents(world.lake, corpus, [NAME], run)
@@ -151,6 +162,7 @@ contexts = st.tuples(st.integers(0, N_CONTEXTS - 1), st.integers(0, 3)).map(
 steps = st.one_of(
     runs_.map(lambda run: (encode_run, run)),
     st.tuples(st.integers(1, 2**10), st.sampled_from([4, 10**6])).map(lambda how: (merge, how)),
+    st.sampled_from([32, 300, 10**6]).map(lambda memory: (copy_by_token, (memory,))),
     runs_.map(lambda run: (drop_run, run)),
     st.tuples(corpora, contexts).map(lambda what: (drop_contexts, (what[0], *what[1]))),
     st.just((merge_statistics, ())),
@@ -193,6 +205,7 @@ def check(world: World) -> None:
     assert answer("select atom, context_id, pos, act from latents order by all") == rows
     for file in snapshot.select("latents"):
         assert rows_in_order(lake.read([file]))
+    check_by_token(world, rows, answer)
     units = {unit("encode", NAME, *run) for run in world.encoded}
     assert {each for each in snapshot.units if each.startswith("encode/")} == units
     tokens = {run: world.n_tokens(*run) for run in world.encoded}
@@ -206,6 +219,15 @@ def check(world: World) -> None:
     if world.encoded:
         check_atoms(rows, sum(tokens.values()), answer)
         check_examples(rows, answer)
+
+
+def check_by_token(world: World, rows: list[Row], answer: Any) -> None:
+    """Whatever runs have a copy, all rows are there once; a copy is in order and holds what its run does."""
+    assert answer("select atom, context_id, pos, act from latents_by_token order by all") == rows
+    for file in world.lake.snapshot().select(by_token.TABLE):
+        columns = world.lake.read([file]).select(["context_id", "pos", "atom", "act"]).to_pydict().values()
+        own = [(context, pos, atom, act) for atom, context, pos, act in world.rows(str(file.corpus), file.run or 0)]
+        assert list(zip(*columns, strict=True)) == sorted(own)
 
 
 def rows_in_order(table: pa.Table) -> bool:

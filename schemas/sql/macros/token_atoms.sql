@@ -16,7 +16,7 @@ create or replace macro token_atoms(autoencoder_, token_) as table
         count(*) / any_value(atoms.n_active) as share_of_atom,
         count(*) / (select count(*) from wanted) as share_of_token,
         avg(act) as mean_act
-    from latents join wanted using (context_id, pos) join atoms using (autoencoder, atom)
+    from latents_by_token join wanted using (context_id, pos) join atoms using (autoencoder, atom)
     where autoencoder = autoencoder_
     group by atom
     order by share_of_atom desc, atom;
