@@ -9,7 +9,8 @@ What rounding a row x and a latent w to x~ and w~ may hide is bounded by
 the product of two more features of each. With them the product gives upper bounds, and the c largest are the
 candidates. Their values are computed in float32; where the k-th of them is above every bound that was left out, no
 other latent can belong to the k. The rows of which that is not so, for lack of margin or because they are not finite,
-are selected in float32.
+get their candidates from a product in float32, with a bound of its rounding; and where that does not tell them apart
+either, all latents are candidates.
 """
 
 import math
@@ -25,6 +26,7 @@ from sae.kernels.topk import Selected, group_maxima, select, topk
 
 REDO_ROWS = 1024
 """Rows that are selected in float32 at a time: all of a batch would take as much memory as the dense product."""
+_WHOLE_ROWS = 64  # at a time, of which every latent is a candidate
 
 _ROUNDED_UP = 1 + 2.0**-7  # rounding to bfloat16 takes away at most a factor of 1 - 2**-9
 _STORED = 2.0**-8  # of a bound, which was rounded to bfloat16: twice what that can take away
@@ -35,8 +37,8 @@ def encode_exact(x: Tensor, weight: Tensor, bias: Tensor, k: int, rounded: Tenso
 
     x [B, d], weight [n, d] and bias [n] of one type. Computed and compared in that type; of equal ones the smaller
     latent wins, and NaN counts as -infinity. For float32 on a GPU nothing of size B x n is held in float32, a row's
-    result does not depend on the other rows, and the host waits once. rounded is `round_encoder(weight)`, where that is
-    at hand. Not differentiable.
+    result does not depend on the other rows, and the host waits once, or twice where rows are selected again. rounded
+    is `round_encoder(weight)`, where that is at hand. Not differentiable.
 
     Raises ValueError when shapes disagree, or k is not between 1 and n.
     """
@@ -79,10 +81,13 @@ def round_encoder(weight: Tensor) -> Tensor:
 def _round_rows(x: Tensor) -> Tensor:
     """x [B, d] as `round_encoder` has latents, the bounds in the order in which they meet those."""
     near = x.to(torch.bfloat16)
-    # Each addition of either product takes away at most 2**-24 of |x| |w|.
-    added = (x.shape[1] + 64) * 2.0**-24
     rounded = torch.empty(len(x), _width(x.shape[1]), dtype=_product_type(x), device=x.device)
-    return _fill(rounded, near, _norm(x - near) + added * _norm(x), _norm(near.float()))
+    return _fill(rounded, near, _norm(x - near) + _added(x.shape[1]) * _norm(x), _norm(near.float()))
+
+
+def _added(d: int) -> float:
+    """What the additions of a product of d features in float32 take away at most, as a part of |x| |w|."""
+    return (d + 64) * 2.0**-24
 
 
 def _fill(out: Tensor, near: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -140,6 +145,19 @@ def _best_of(x: Tensor, weight: Tensor, bias: Tensor, k: int, candidates: Tensor
 
 
 def _encode_in_float32(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
-    # Candidates and their values again, a few to spare for what the two products differ by.
-    _, candidates = topk(F.linear(x, weight, bias), min(len(weight), k + 8))
-    return _best_of(x, weight, bias, k, candidates.sort(dim=1).values.int())
+    # A product's last bits depend on the other rows: it gives candidates, a few to spare, and the last one bounds the
+    # others.
+    c = min(len(weight), k + 8)
+    products, candidates = topk(F.linear(x, weight, bias), c)
+    found = _best_of(x, weight, bias, k, candidates.sort(dim=1).values.int())
+    if c == len(weight):
+        return found
+    left = products.amin(dim=1)
+    slack = 2 * _added(x.shape[1]) * (_norm(x) * _norm(weight).amax() + left.abs())
+    unsure = ~(found.values.amin(dim=1) > left + slack)
+    every = torch.arange(len(weight), dtype=torch.int32, device=x.device)
+    for rows in unsure.nonzero().squeeze(1).split(_WHOLE_ROWS):
+        again = _best_of(x[rows], weight, bias, k, every.expand(len(rows), -1).contiguous())
+        for whole, part in zip(found, again, strict=True):
+            whole[rows] = part
+    return found

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.kernels import dispatch, exact, topk
+from sae.kernels.sampled import sampled_matmul
 
 CPU = "cpu"
 DEVICES = [CPU, pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -73,6 +74,24 @@ def test_latents_that_bfloat16_cannot_tell_apart(
     base = drawn(1, 24, seed=seed + 1, device=device)
     weight = base + spread * drawn(150, 24, seed=seed + 2, device=device)
     check(x, scale * weight, torch.zeros(150, device=device), k)
+
+
+@on_devices
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-5])
+def test_a_row_is_selected_as_if_it_were_alone(device: str, spread: float) -> None:
+    """Latents that a product in float32 can't tell apart either: its last bits depend on the number of rows."""
+    x = drawn(4, 64, seed=1, device=device)
+    weight = drawn(1, 64, seed=2, device=device) + spread * drawn(60, 64, seed=3, device=device)
+    bias = torch.zeros(60, device=device)
+    with kernels(device):
+        together = exact.encode_exact(x, weight, bias, 5)
+        for row in (0, 3):
+            alone = exact.encode_exact(x[row : row + 1], weight, bias, 5)
+            assert torch.equal(alone.indices[0], together.indices[row])
+            assert torch.equal(alone.values[0], together.values[row])
+        scores = sampled_matmul(x, weight, torch.arange(60, device=device).expand(4, -1))
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :5].sort(dim=1).values
+    assert torch.equal(together.indices.long(), best)
 
 
 @on_devices
