@@ -36,6 +36,7 @@ class Compiled:
     aligned), "i32", "fp32"; "i32:16" is an integer known to be a multiple of 16.
     constexprs: by name, one for each constexpr parameter.
     capabilities: the architectures that it is shipped for; 80 is sm_80.
+    spilled: bytes of a thread that its registers may take in memory: by default a few saved around a loop.
     """
 
     kernel: Any
@@ -44,6 +45,7 @@ class Compiled:
     num_warps: int = 4
     num_stages: int = 3
     capabilities: tuple[int, ...] = (80, 90)
+    spilled: int = 64
 
     def source(self) -> ASTSource:
         """Return what triton compiles. Raises ValueError when the types or constexprs are not the kernel's."""
@@ -82,6 +84,7 @@ def compile_for(variant: Compiled, capability: int) -> dict[str, Any]:
         "types": variant.types,
         "capability": capability,
         "shared": built.metadata.shared,
+        "spilled": variant.spilled,
         **_resources(built.asm["cubin"]),
     }
 

@@ -259,13 +259,16 @@ def _keep_kernel(
 
 def _compiled(kernel: Any, types: str, dtype: str, groups: int, kept: int, **constants: int) -> list[Compiled]:
     constants |= {"GROUP": GROUP, "GROUPS": groups, "KEPT": kept, "BITS": 16 if dtype == "bf16" else 32}
+    op = select_op(groups, kept)
+    # The registers of select_most spill, at any number of warps.
+    spilled = 384 if op == "select_most" else 64
     return [
-        Compiled(kernel, types.format(dtype), constants, **settings, capabilities=capabilities)
-        for settings, capabilities in tuning.variants(select_op(groups, kept))
+        Compiled(kernel, types.format(dtype), constants, **settings, capabilities=capabilities, spilled=spilled)
+        for settings, capabilities in tuning.variants(op)
     ]
 
 
-# Without select_most: its registers spill, at any number of warps. The last two sizes are those of exact.py.
+# The last sizes are those of exact.py, those before them of k up to 512.
 COMPILED = [
     *(
         Compiled(_group_maxima_kernel, f"*{dtype}, *{dtype}, i32, i32", {"GROUP": GROUP, "GROUPS": 256})
@@ -274,7 +277,7 @@ COMPILED = [
     *(
         variant
         for dtype, more in (("bf16", (1024, 64)), ("fp32", (4, 4)))
-        for groups, kept in ((1024, 32), (4096, 64), (512, 256), more)
+        for groups, kept in ((1024, 32), (4096, 64), (512, 256), (1024, 512), more)
         for variant in _compiled(
             _select_kernel, "*{0}, *{0}, *i32, *fp32, *i32, i32:16, i32, i32:16, i32:16", dtype, groups, kept
         )
@@ -282,7 +285,7 @@ COMPILED = [
     *(
         variant
         for dtype in ("bf16", "fp32")
-        for groups, kept in ((128, 128), (512, 256))
+        for groups, kept in ((128, 128), (512, 256), (1024, 512))
         for variant in _compiled(
             _keep_kernel, "*{0}, *{0}, *i32, i32:16, i32, i32:16, i32:16", dtype, groups, kept, BLOCK=1024
         )
