@@ -261,7 +261,7 @@ def _compiled(kernel: Any, types: str, dtype: str, groups: int, kept: int, **con
     constants |= {"GROUP": GROUP, "GROUPS": groups, "KEPT": kept, "BITS": 16 if dtype == "bf16" else 32}
     op = select_op(groups, kept)
     # The registers of select_most spill, at any number of warps.
-    spilled = 384 if op == "select_most" else 64
+    spilled = 448 if op == "select_most" else 64
     return [
         Compiled(kernel, types.format(dtype), constants, **settings, capabilities=capabilities, spilled=spilled)
         for settings, capabilities in tuning.variants(op)
