@@ -5,6 +5,7 @@
 # make clean  remove what the other targets made, .venv excepted
 #
 # PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
+# TEST_WORKERS=2  the processes that make test runs files in; 0 to see prints and to debug
 # KEEP_TORCH=1  keep the torch and triton that .venv has or sees already, such as a GPU build of your own
 
 SHELL := bash
@@ -15,6 +16,7 @@ SHELL := bash
 PYTHON ?= python3
 KEEP_TORCH ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 LOCK := requirements.lock
@@ -48,7 +50,7 @@ demo: env
 	$(PY) -m sae.jobs.demo
 
 test: env
-	$(PY) -m pytest -m "not gpu and not long" $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not gpu and not long" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Trainings that are killed, interrupted and set up wrongly, each with workers that have to start.
 test-long: env
