@@ -84,7 +84,7 @@ def measure(config: Run, args: argparse.Namespace) -> dict[str, float]:
         width = snapshot.properties[f"corpus/{corpus}"]["context_length"]
         encoder._subject = encoder._subject.compiled(encoder._contexts_at_once, width)
     alone = Alone(encoder, config, plan)
-    at_once = args.at_once or (cluster._GPU_RUNS if torch.cuda.is_available() else cluster._CPU_RUNS)
+    at_once = args.at_once or (cluster.GPU_RUNS if torch.cuda.is_available() else cluster.CPU_RUNS)
     _every(alone, missing[: args.warm_up], at_once)
     _every(encoder, missing[: args.warm_up], at_once)
     both: list[list[float]] = [[], []]

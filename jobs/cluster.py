@@ -19,9 +19,9 @@ _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _GPU_TOKENS: Final = 65_536
 _CPU_CONTEXTS: Final = 16
 # Compiling takes about half a minute, in which a GPU sees as many tokens of a small model.
-_COMPILE_FROM_TOKENS: Final = 50_000_000
-_GPU_RUNS: Final = 8
-_CPU_RUNS: Final = 2
+COMPILE_FROM_TOKENS: Final = 50_000_000
+GPU_RUNS: Final = 8
+CPU_RUNS: Final = 2
 # Ray sets it for the entrypoint of a submitted job: such a driver belongs to the cluster it was submitted to.
 _IN_JOB: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -134,7 +134,7 @@ def worker_options(config: Run, n_workers: int) -> dict[str, Any]:
 
 def runs_at_once(config: Run) -> int:
     """Runs that a worker has in memory: one is computed while the others, far slower on a GPU, are written."""
-    return _GPU_RUNS if config.cluster.gpus_per_worker or _gpus() else _CPU_RUNS
+    return GPU_RUNS if config.cluster.gpus_per_worker or _gpus() else CPU_RUNS
 
 
 def _gpus() -> float:
@@ -158,7 +158,7 @@ def contexts_at_once(given: int | None, context_length: int) -> int:
 
 def worth_compiling(tokens: int) -> bool:
     """Whether a subject that is to see so many tokens saves more time by being compiled than that takes."""
-    return torch.cuda.is_available() and tokens >= _COMPILE_FROM_TOKENS
+    return torch.cuda.is_available() and tokens >= COMPILE_FROM_TOKENS
 
 
 def cause(error: BaseException) -> BaseException:

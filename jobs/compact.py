@@ -2,7 +2,7 @@
 
 What was compacted before is merged again only where it is not much larger than what is new, so that a row is written
 a number of times that grows with the logarithm of the lake's size. Where it is asked for, runs are first copied in the
-order of tokens.
+order of tokens, and tokens laid out for SQL.
 """
 
 import functools
@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from sae.jobs import by_token, cluster, merge, progress
 from sae.jobs.lake import DataFile, Lake, Range, Snapshot, write_views
+from sae.jobs.token_cache import open_tokens
 from sae.schemas.config import Run
 from sae.schemas.errors import IncompleteError
 
@@ -47,6 +48,8 @@ def run(config: Run) -> None:
     if config.compact.by_token:
         n_copied = by_token.refresh(lake, name, config.compact.memory_mb * _MB, by_tasks)
         progress.say(f"compact: copied {n_copied} runs of {name} by token")
+        for corpus in sorted({str(file.corpus) for file in snapshot.select("moments", autoencoder=name)}):
+            open_tokens(lake, snapshot, corpus)
     before = snapshot.select("latents", autoencoder=name)
     _remove_empty(lake, before)
     while chosen := _worth_merging(lake.snapshot(), config):
@@ -70,13 +73,23 @@ def _remove_empty(lake: Lake, files: list[DataFile]) -> None:
 def _worth_merging(snapshot: Snapshot, config: Run) -> list[Sorted]:
     """The smallest sorted sets, as many as the memory allows, up to one that is much larger than those together."""
     files = snapshot.select("latents", autoencoder=config.autoencoder.name)
-    most = max(2, config.compact.memory_mb * _MB // merge.CHAIN_BYTES)
-    chosen: list[Sorted] = []
-    for each in sorted(sorted_sets(files), key=lambda each: each.rows)[:most]:
-        if chosen and each.rows > _GROWTH * sum(earlier.rows for earlier in chosen):
+    smallest = sorted(sorted_sets(files), key=lambda each: each.rows)[: sets_at_once(config)]
+    return smallest[: worth_merging([each.rows for each in smallest])]
+
+
+def sets_at_once(config: Run) -> int:
+    """Sorted sets that the memory allows to merge together."""
+    return max(2, config.compact.memory_mb * _MB // merge.CHAIN_BYTES)
+
+
+def worth_merging(rows: Sequence[int]) -> int:
+    """How many sets to merge together, given how many rows each has, the smallest first; 0 where none are worth it."""
+    chosen = together = 0
+    for each in rows:
+        if chosen and each > _GROWTH * together:
             break
-        chosen.append(each)
-    return chosen if len(chosen) > 1 else []
+        chosen, together = chosen + 1, together + each
+    return chosen if chosen > 1 else 0
 
 
 def sorted_sets(files: Sequence[DataFile]) -> list[Sorted]:

@@ -1,7 +1,7 @@
 """The contexts of a corpus in memory, and padded batches of them for the subject."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,9 @@ from sae.jobs.lake import Lake, Snapshot
 from sae.schemas.errors import ConfigError, IncompleteError
 
 Array = npt.NDArray[Any]
+
+SHARD_TOKENS: Final = 4_000_000
+"""Of a file of contexts, which ends with the documents that reach them."""
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def memory(sizes: Sizes, mesh: Mesh) -> Items:
         "rows and errors": sizes.rows(mesh) * sizes.d_model * _row_bytes(sizes, mesh),
         "selected latents": entries * (_ENTRY + (_CANDIDATE * tp if tp > 1 else 0)),
         "sums of frequent latents": 2 * _FULL * sizes.d_model * (entries // CHUNK),
-        "pre-activations": _scratch(sizes.rows(mesh), sizes.local(mesh)),
+        "pre-activations": scratch(sizes.rows(mesh), sizes.local(mesh)),
         "AuxK": _aux_memory(sizes, mesh),
     }
     return {name: size for name, size in (kept | of_step).items() if size}
@@ -161,7 +161,7 @@ def _row_bytes(sizes: Sizes, mesh: Mesh) -> int:
     return 2 * sizes.vector_item + own + (_FULL if mesh.tp > 1 else 0)
 
 
-def _scratch(rows: int, latents: int) -> int:
+def scratch(rows: int, latents: int) -> int:
     """Pre-activations and the maxima of their groups, for as many rows as are held at a time."""
     padded = -(-latents // 128) * 128
     held = min(rows, scratch_rows(padded * _HALF))

@@ -36,16 +36,21 @@ def refresh(lake: Lake, name: str) -> None:
     state = snapshot.properties[f"autoencoder/{name}"]
     tied: bool = state["config"]["tied"]
     prefix += "encoder." if tied else "decoder."
-    atoms_per_file = max(1, _FILE_BYTES // (4 * state["d_model"]))
+    at_once = atoms_per_file(state["d_model"])
     with checkpoints.open_shards(lake, snapshot, shards) as files, lake.transaction("decoders") as transaction:
         transaction.remove(snapshot.select("decoders", autoencoder=name))
-        for start in range(0, state["n_latents"], atoms_per_file):
-            atoms = range(start, min(start + atoms_per_file, state["n_latents"]))
+        for start in range(0, state["n_latents"], at_once):
+            atoms = range(start, min(start + at_once, state["n_latents"]))
             weight = checkpoints.read_opened(files, shards, [atoms], prefix)["weight"]
             # An encoder is [n, d], a decoder [d, n].
             rows = _rows(weight if tied else weight.T, atoms.start)
             transaction.write("decoders", rows, autoencoder=name)
         transaction.set(f"decoders/{name}", encoded_with)
+
+
+def atoms_per_file(d_model: int) -> int:
+    """Of so many features each."""
+    return max(1, _FILE_BYTES // (4 * d_model))
 
 
 def _rows(dictionary: Tensor, first: int) -> Iterator[pa.Table]:

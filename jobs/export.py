@@ -28,7 +28,7 @@ from sae.schemas.viewer import SIGN_CONVENTION, Manifest
 
 # Atoms gathered at once: bounds the memory, and still lets each row group of latents be read about once.
 _ATOMS_AT_ONCE: Final = 256
-_ATOMS_PER_TASK: Final = 1024
+ATOMS_PER_TASK: Final = 1024
 _PROGRESS: Final = "progress.json"
 _VIEWER_BIN_WIDTH: Final = 0.2
 _ATOM_FILE: Final = re.compile(r"[0-9]+(-ablated)?\.json")
@@ -40,7 +40,7 @@ def run(config: Run) -> None:
     lake = Lake(config.lake)
     snapshot = lake.snapshot()
     manifest = _manifest(snapshot, config)
-    folder = storage.join(config.export.folder, _path(config, checkpoints.state_of(snapshot, config.autoencoder.name)))
+    folder = _folder(snapshot, config)
     known = _known(folder)
     _check_owner(folder, known, manifest)
     numbers = range(manifest.atoms[0], manifest.atoms[1] + 1)
@@ -58,13 +58,30 @@ def run(config: Run) -> None:
     progress.say(f"export: {len(numbers):,} atoms of {manifest.autoencoder} in {folder}")
 
 
+def written(snapshot: Snapshot, config: Run) -> tuple[Manifest, list[int]] | None:
+    """The manifest of what was exported of the atoms as they are now, and the bytes of each file; None if nothing."""
+    try:
+        source = _manifest(snapshot, config).source
+    except IncompleteError:
+        return None
+    folder = _folder(snapshot, config)
+    known = _known(folder)
+    if known is None or not known.complete or known.source != source:
+        return None
+    return known, [file.size for file in storage.find(storage.join(folder, "atoms", "*.json"))]
+
+
+def _folder(snapshot: Snapshot, config: Run) -> str:
+    return storage.join(config.export.folder, _path(config, checkpoints.state_of(snapshot, config.autoencoder.name)))
+
+
 def _write_missing(config: Run, folder: str, manifest: Manifest, numbers: range) -> float:
     """Writes the ranges of atoms that an earlier command, of the same source, has not noted as done.
 
     Returns the seconds that this and such earlier commands took.
     """
     start = time.monotonic()
-    ranges = [(low, min(low + _ATOMS_PER_TASK, numbers.stop) - 1) for low in numbers[::_ATOMS_PER_TASK]]
+    ranges = [(low, min(low + ATOMS_PER_TASK, numbers.stop) - 1) for low in numbers[::ATOMS_PER_TASK]]
     done, earlier = _done(folder, manifest.source)
     missing = [each for each in ranges if each not in done]
     before = sum(high + 1 - low for low, high in done)

@@ -5,8 +5,9 @@ import math
 from argparse import Namespace
 from typing import Any, Final, NamedTuple
 
+from sae.jobs import plan_lake
 from sae.jobs.costs import Mesh, Rates, Sizes, flops, memory, seconds, transfer_seconds, transfers
-from sae.jobs.lake import Lake
+from sae.jobs.lake_costs import Hosts
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError
 
@@ -16,20 +17,28 @@ FREE: Final = 0.1
 _GB: Final = 1e9
 _ITEM: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 _CACHED_ITEM: Final = 2
-_KEY_BYTES: Final = 10  # context_id and pos of a cached activation
-_LATENT_ROW_BYTES: Final = 2.92  # measured on 105M and 503M rows of latents
-_CORPUS_UNKNOWN: Final = 1_000_000
 # Estimates that differ by less are not told apart.
 _CLEARLY: Final = 0.95
 
 
 class Hardware(NamedTuple):
+    """cores, encode_gpus: those that the lake's steps may use together; of GPUs, None stands for one an actor."""
+
     gpu_bytes: float
     rates: Rates
+    cores: int = 16
+    encode_gpus: int | None = None
 
     @property
     def usable(self) -> float:
         return (1 - FREE) * self.gpu_bytes
+
+    def hosts(self, config: Run) -> Hosts:
+        """For the lake's steps."""
+        gpus = self.encode_gpus
+        if gpus is None:
+            gpus = 0 if config.cluster.gpus_per_worker == 0 else config.cluster.encode_actors
+        return Hosts(self.cores, gpus, self.rates)
 
 
 class Subject(NamedTuple):
@@ -57,22 +66,29 @@ def plan(given: Namespace, config: Run) -> None:
         network=given.network * _GB,
         gpus_per_host=given.gpus_per_host,
     )
-    report = report_of(config, Hardware(given.gpu_gb * _GB, rates), given.gpus, given.dead, given.d_model)
+    hardware = Hardware(given.gpu_gb * _GB, rates, given.cores, given.encode_gpus)
+    report = report_of(config, hardware, given.gpus, given.dead, given.d_model, given.tokens)
     plan_tables.show(report, as_json=given.json)
 
 
 def report_of(
-    config: Run, hardware: Hardware, gpus: list[int], dead: float = 0.1, d_model: int | None = None
+    config: Run,
+    hardware: Hardware,
+    gpus: list[int],
+    dead: float = 0.1,
+    d_model: int | None = None,
+    tokens: int | None = None,
 ) -> dict[str, Any]:
     """All figures as plain JSON, in bytes and seconds.
 
-    gpus: numbers of GPUs to choose a mesh for; dead: share of the latents that are dead.
+    gpus: numbers of GPUs to choose a mesh for; dead: share of the latents that are dead; tokens: of the corpus, where
+    the lake does not know.
     """
     subject = _subject(config) if d_model is None else Subject(d_model)
     several = config.each()
     return {
         "train": [_training(one, subject, hardware, gpus, dead, len(several)) for one in several],
-        "tables": _tables(config, subject.d_model),
+        "lake": plan_lake.report_of(config, _costs_of(subject, config), hardware.hosts(config), tokens),
     }
 
 
@@ -82,6 +98,12 @@ def _subject(config: Run) -> Subject:
     subject = config.subject
     shape = subject_shape(subject.model, subject.hook, subject.layers, config.corpus.context_length)
     return Subject(shape.d_model, shape.parameters, shape.flops)
+
+
+def _costs_of(subject: Subject, config: Run) -> dict[str, int]:
+    """Width, bytes and operations for a token; those that are not known are not counted."""
+    size = (subject.parameters or 0) * _ITEM[config.subject.dtype]
+    return {"d_model": subject.d_model, "subject": size, "subject_flops": subject.flops or 0}
 
 
 def sizes_of(config: Run, subject: Subject, dead: float) -> Sizes:
@@ -200,18 +222,3 @@ def _meshes(gpus: int, gpus_per_host: int) -> list[Mesh]:
     """Those of so many GPUs with each tp group on one host, by ascending tp."""
     whole = math.gcd(gpus, gpus_per_host)
     return [Mesh(tp, gpus // tp) for tp in range(1, whole + 1) if whole % tp == 0]
-
-
-def _tables(config: Run, d_model: int) -> dict[str, Any]:
-    """What the steps around the training write, at most: for the corpus, or for a million tokens where it's unknown."""
-    corpus = Lake(config.lake, create=True).snapshot().properties.get(f"corpus/{config.corpus.name}")
-    known = corpus is not None and corpus["complete"]
-    tokens = corpus["n_tokens"] if corpus is not None and known else _CORPUS_UNKNOWN
-    rows = tokens * config.autoencoder.k
-    return {
-        "corpus_known": known,
-        "tokens": tokens,
-        "activations_bytes": tokens * (_CACHED_ITEM * d_model + _KEY_BYTES),
-        "latents_rows": rows,
-        "latents_bytes": int(rows * _LATENT_ROW_BYTES),
-    }

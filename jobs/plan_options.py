@@ -20,6 +20,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--memory-rate", type=_positive, default=2900.0, metavar="GB/s", help="in use (%(default)s)")
     parser.add_argument("--link", type=_rate, default="nvlink", help=f"within a host: {names}, or GB/s of a GPU")
     parser.add_argument("--network", type=_rate, default="infiniband", help="between hosts: the same, or a host's GB/s")
+    parser.add_argument("--cores", type=_whole, default=16, metavar="N", help="for the lake's steps (%(default)s)")
+    encoders = "GPUs that encode; 0: the cores do (cluster.encode_actors)"
+    parser.add_argument("--encode-gpus", type=_count, metavar="N", help=encoders)
+    parser.add_argument("--tokens", type=_whole, metavar="N", help="of the corpus, where the lake does not hold it yet")
     parser.add_argument("--json", action="store_true", help="print one JSON object, in bytes and seconds")
 
 
@@ -27,6 +31,10 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"got {text!r}; expected a whole number from 1 on")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _whole(text)
 
 
 def _positive(text: str) -> float:

@@ -21,7 +21,7 @@ def show(report: Mapping[str, Any], as_json: bool) -> None:
     buffer = io.StringIO()
     console = Console(file=buffer, width=shutil.get_terminal_size().columns if sys.stdout.isatty() else 120)
     titled = [one for training in report["train"] for one in _training(training)]
-    for title, table in (*titled, _around(report["tables"])):
+    for title, table in (*titled, _written(report["lake"]), _taken(report["lake"])):
         buffer.write(f"{title}\n")
         console.print(table)
         console.print()
@@ -114,12 +114,58 @@ def _choice(one: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _around(of: Mapping[str, Any]) -> Titled:
-    of_what = "the corpus" if of["corpus_known"] else "every"
-    table = _table("", "")
-    table.add_row("harvest (training.source: cached)", _gb(of["activations_bytes"]))
-    table.add_row("encode", f"{of['latents_rows']:,} rows of latents, about {_gb(of['latents_bytes'])}")
-    return f"what other steps write at most, for {of_what} {of['tokens']:,} tokens", table
+def _written(of: Mapping[str, Any]) -> Titled:
+    really = (">really", ">really", ">really") if _any_really(of) else ()
+    columns = [(">rows", *really[:1]), (">MB", *really[1:2]), (">files", *really[2:])]
+    table = _table("", "", *(header for group in columns for header in group))
+    for step in of["steps"]:
+        done = step["really"]["tables"] if step["really"] else {}
+        for at, (name, planned) in enumerate(step["tables"].items()):
+            cells = zip(_sizes(planned), _sizes(done.get(name)), strict=True)
+            table.add_row(
+                "" if at else _name(of, step), name, *(cell for pair in cells for cell in pair[: 1 + bool(really)])
+            )
+    tokens = f"{of['tokens']:,} tokens"
+    of_what = f"the corpus' {tokens}" if of["corpus_known"] else f"a corpus of {tokens}, for it is not tokenized yet"
+    return f"what the lake's steps write, at most, for {of_what}", table
+
+
+def _taken(of: Mapping[str, Any]) -> Titled:
+    really = [">really"] if _any_really(of) else []
+    table = _table("", ">GB of memory", ">GB of a GPU", ">core-hours", ">GPU-hours", ">seconds", *really)
+    for step in of["steps"]:
+        gpu = (step["gpu_memory"] / 1e9, step["gpu_seconds"] / 3600) if step["gpu_seconds"] else (None, None)
+        done = step["really"]["seconds"] if step["really"] else None
+        table.add_row(
+            _name(of, step),
+            _number(step["memory"] / 1e9, 2),
+            _known(gpu[0], 2),
+            _number(step["core_seconds"] / 3600, 4),
+            _known(gpu[1], 4),
+            _number(step["seconds"], 1),
+            *([_known(done, 1)] if really else []),
+        )
+    gpus = f", encoding on GPUs: {of['gpus']}" if of["gpus"] else ", without a GPU"
+    return f"what they take, on {of['cores']} cores{gpus}; an estimate from what was measured by 2026-11-24", table
+
+
+def _any_really(of: Mapping[str, Any]) -> bool:
+    return any(step["really"] for step in of["steps"])
+
+
+def _name(of: Mapping[str, Any], step: Mapping[str, Any]) -> str:
+    several = len({one["autoencoder"] for one in of["steps"]} - {None}) > 1
+    return f"{step['step']} {step['autoencoder']}" if several and step["autoencoder"] else str(step["step"])
+
+
+def _sizes(table: Mapping[str, int] | None) -> tuple[str, str, str]:
+    if table is None:
+        return "-", "-", "-"
+    return f"{table['rows']:,}", _number(table["bytes"] / 1e6, 3), f"{table['files']:,}"
+
+
+def _known(value: float | None, digits: int) -> str:
+    return "-" if value is None else _number(value, digits)
 
 
 def _table(*headers: str) -> Table:

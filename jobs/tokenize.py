@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from sae.jobs import progress
+from sae.jobs.contexts import SHARD_TOKENS
 from sae.jobs.corpus import CorpusReader, Document
 from sae.jobs.lake import Lake, Transaction, write_views
 from sae.schemas.config import Run
@@ -18,7 +19,6 @@ from sae.schemas.errors import ConfigError, ConflictError, CorpusError, SubjectE
 from sae.schemas.tables import CONTEXTS, CORPUS_SHIFT, DOCUMENTS, MAX_CORPORA, VOCABULARY
 from sae.subject import load_tokenizer, model_context_limit, token_strings
 
-_SHARD_TOKENS: Final = 4_000_000
 _BATCH_DOCUMENTS: Final = 64
 
 
@@ -138,7 +138,7 @@ def _shards(
         for document, tokens in zip(batch, encoded, strict=True):
             shard.add(document, tokens, window, bos)
         following = [batch[-1].file_index, batch[-1].row + 1]
-        if shard.n_tokens >= _SHARD_TOKENS:
+        if shard.n_tokens >= SHARD_TOKENS:
             yield shard, following
             next_document = shard.first_document + len(shard.documents)
             shard = Shard(next_document, shard.first_context + len(shard.contexts))

@@ -157,7 +157,7 @@ def test_tables_and_json_tell_the_same(tmp_path: Path) -> None:
     path = run_yaml(tmp_path)
     arguments = ("--d-model", "768", "--cluster.dp", "2")
     (training,) = report(path, *arguments)["train"]
-    summary, needed, sent, times, _, _ = sae("plan", path, *arguments).stdout.split("\n\n")
+    summary, needed, sent, times, *_ = sae("plan", path, *arguments).stdout.split("\n\n")
     assert f"{training['parameters']:,}" in summary
 
     def row(table: str, name: str) -> list[str]:
@@ -265,18 +265,21 @@ def test_the_corpus_is_counted_once_it_is_known(tokenized: Lab) -> None:
     corpora = lake.connect(str(tokenized.lake)).sql(f"select n_tokens from corpora where corpus = '{CORPUS}'")
     ((tokens,),) = corpora.fetchall()
     flag = f"--lake={tokenized.lake}"
-    tables = report(tokenized.config, flag)["tables"]
-    assert (tables["corpus_known"], tables["tokens"]) == (True, tokens)
-    assert f"for the corpus {tokens:,} tokens" in sae("plan", tokenized.config, flag).stdout
+    found = report(tokenized.config, flag)["lake"]
+    assert (found["corpus_known"], found["tokens"]) == (True, tokens)
+    assert f"for the corpus' {tokens:,} tokens" in sae("plan", tokenized.config, flag).stdout
 
 
 def test_the_cache_of_activations_is_as_large_as_planned(tokenized: Lab, one_ray: None, tmp_path: Path) -> None:
     there = tokenized.copy(tmp_path)
-    planned = report(there.config, f"--lake={there.lake}", "--subject.masked_positions=[]")["tables"]
+    flags = (f"--lake={there.lake}", "--subject.masked_positions=[]", "--training.source=cached")
+    (harvest,) = (step for step in report(there.config, *flags)["lake"]["steps"] if step["step"] == "harvest")
+    planned = harvest["tables"]["activations"]
     there.done("harvest", subject__masked_positions=[])
     written = sum(path.stat().st_size for path in (there.lake / "activations").rglob("*.arrow"))
-    framing = 4096 * len(list((there.lake / "activations").rglob("*.arrow")))  # schema, footer, alignment
-    assert 0 <= written - planned["activations_bytes"] <= framing
+    framing = 4096 * planned["files"]  # schema, footer, alignment
+    assert planned["files"] == len(list((there.lake / "activations").rglob("*.arrow")))
+    assert 0 <= written - planned["bytes"] <= framing
 
 
 def test_as_many_checkpoints_are_planned_as_a_training_commits(trained: Lab) -> None:
