@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sae.kernels import tuning
+from sae.kernels._arguments import expect, expect_contiguous, expect_k, received
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.launches import Settings
@@ -31,8 +32,12 @@ def encode_dense_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Tensor
     """The latents that `encode_topk` selects, behind a ReLU, among zeros: [B, n] in x's type.
 
     For few latents n and many selected, where products with a dense matrix are cheaper than sparse ones.
+
+    Raises ValueError as `encode_topk` does.
+
+    Source: as of `encode_topk`.
     """
-    _check(x, weight, bias, k)
+    _check("encode_dense_topk", x, weight, bias, k)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     n = weight.shape[0]
     if use_triton(x, weight, bias):
@@ -50,24 +55,21 @@ def encode_topk(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
     float32 (float64 for float64 input). Not differentiable: see `sae.model.Autoencoder.attach`.
 
     Raises ValueError when shapes or types disagree, or k is not between 1 and n.
+
+    Source: the TopK autoencoder of Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     """
-    _check(x, weight, bias, k)
+    _check("encode_topk", x, weight, bias, k)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     if use_triton(x, weight, bias):
         return _encode_topk_triton(x.contiguous(), weight.contiguous(), bias.float().contiguous(), k)
     return _encode_topk_torch(x, weight, bias, k)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> None:
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or x.dtype != weight.dtype:
-        raise ValueError(
-            f"encode_topk expects x [B, d] and weight [n, d] of one type, received "
-            f"{tuple(x.shape)} {x.dtype} and {tuple(weight.shape)} {weight.dtype}"
-        )
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"encode_topk expects bias [{weight.shape[0]}], received {tuple(bias.shape)}")
-    if not 1 <= k <= weight.shape[0]:
-        raise ValueError(f"encode_topk expects 1 <= k <= n, received k={k} with n={weight.shape[0]}")
+def _check(op: str, x: Tensor, weight: Tensor, bias: Tensor, k: int) -> None:
+    expect(op, "x [B, d] float, weight [n, d] float, bias [n] float", x, weight, bias)
+    if x.dtype != weight.dtype:
+        raise ValueError(f"{op} expects x and weight of one type, received {received(x, weight)}")
+    expect_k(op, k, len(weight))
 
 
 def _encode_topk_torch(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> Selected:
@@ -97,8 +99,11 @@ def scratch_rows(row_bytes: int) -> int:
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Pre-activations [B, n'] in x's type and their group maxima [B, n' / 32]; n' is n rounded up to 128s.
 
-    All are contiguous. Columns from n on hold -infinity.
+    Columns from n on hold -infinity.
+
+    Raises ValueError when x, weight or bias are not contiguous.
     """
+    expect_contiguous("pre_activations", "x, weight and bias", x, weight, bias)
     rows, width = len(x), triton.cdiv(len(weight), 128) * 128
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     maxima = torch.empty(rows, width // GROUP, dtype=x.dtype, device=x.device)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels import tuning
+from sae.kernels._arguments import expect
 from sae.kernels._rows import MAX_FEATURES
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -34,8 +35,14 @@ class Reconstruction(NamedTuple):
 def partial(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """Return sum_j values[b, j] * weight[indices[b, j]] as [B, d] in float32 (float64 for float64 weights).
 
-    Arguments as of `reconstruct`; what several holders of latents add up to a reconstruction.
+    Arguments as of `reconstruct`; what several holders of latents add up to a reconstruction. An index outside [0, n)
+    raises on CPU and gives a row of NaN on CUDA, where raising would stop the stream.
+
+    Raises ValueError when shapes or types disagree.
+
+    Source: sparse decoder of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
+    expect("partial", "values [B, k] float, indices [B, k] int, weight [n, d] float", values, indices, weight)
     if use_triton(values, weight) and weight.shape[1] <= MAX_FEATURES:
         recons = torch.empty(len(values), weight.shape[1], dtype=torch.float32, device=weight.device)
         _launch(values, indices, weight.contiguous(), recons, out=None)
@@ -50,17 +57,20 @@ def reconstruct(
 
     values [B, k] >= 0 (latents after the post-activation), indices [B, k] integer in [0, n), weight [n, d], target
     [B, d] (where the reconstruction has a bias, the target is without it). The gradients are those of half the
-    squared error; a latent of value zero gets none, as behind a ReLU. Not differentiable: these are the gradients.
+    squared error; a latent of value zero gets none, as behind a ReLU. Not differentiable: these are the gradients. An
+    index outside [0, n) raises on CPU and gives a row of NaN on CUDA, where raising would stop the stream.
 
-    Raises ValueError when the shapes disagree.
+    Raises ValueError when shapes or types disagree.
+
+    Source: sparse decoder of Gao et al. 2024, "Scaling and evaluating sparse autoencoders", and its gradients.
     """
-    rows, d = target.shape
-    if values.shape != indices.shape or len(values) != rows or weight.shape[1] != d:
-        raise ValueError(
-            f"reconstruct expects values and indices [B, k], weight [n, d] and target [B, d], received "
-            f"{[tuple(t.shape) for t in (values, indices, weight, target)]}"
-        )
-    if use_triton(values, weight, target) and d <= MAX_FEATURES:
+    expect(
+        "reconstruct",
+        "values [B, k] float, indices [B, k] int, weight [n, d] float, target [B, d] float, recons [B, d] float",
+        values, indices, weight, target, recons,
+    )  # fmt: skip
+    floats = (t for t in (values, weight, target, recons) if t is not None)
+    if use_triton(*floats) and weight.shape[1] <= MAX_FEATURES:
         return _reconstruct_triton(values, indices, weight.contiguous(), target, recons)
     return _reconstruct_torch(values, indices, weight, target, recons)
 
@@ -88,7 +98,7 @@ def _reconstruct_triton(
     grads = torch.empty(rows, k, dtype=torch.float32, device=weight.device)
     squared = torch.empty(rows, dtype=torch.float32, device=weight.device)
     out = Reconstruction(error, grads, squared)
-    _launch(values, indices, weight, recons, out, target.contiguous())
+    _launch(values, indices, weight, recons.contiguous() if recons is not None else None, out, target.contiguous())
     return out
 
 
@@ -101,7 +111,7 @@ def _launch(
     target: Tensor | None = None,
 ) -> None:
     """Fill recons where there is nothing else to fill, else out, from recons where it is given."""
-    (rows, k), d = values.shape, weight.shape[1]
+    (rows, k), (n, d) = values.shape, weight.shape
     if not rows:
         return
     unused = values
@@ -112,7 +122,7 @@ def _launch(
         tile, block, warps = _shape(d, k, settings)
         _reconstruct_kernel[(rows,)](
             values, indices, weight, unused if target is None else target, unused if recons is None else recons,
-            *filled, d, k, ADD=add, COMPARE=out is not None, TILE=tile, BLOCK=block, num_warps=warps,
+            *filled, n, d, k, ADD=add, COMPARE=out is not None, TILE=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
 
     launch(tuning.settings("reconstruct", values, (triton.next_power_of_2(d), weight.element_size()), launch))
@@ -128,23 +138,27 @@ def _shape(d: int, k: int, settings: Settings) -> tuple[int, int, int]:
 
 @triton.jit
 def _gathered(
-    values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE: tl.constexpr, BLOCK: tl.constexpr
+    values_ptr, indices_ptr, weight_ptr, row, first, n, d, k, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """From entry first on: where they are, which of them exist, their values [TILE] and rows [TILE, BLOCK]."""
+    """From entry first on: where they are, which of them exist, their values [TILE] and rows [TILE, BLOCK].
+
+    The value of an index outside [0, n) is NaN, and its row zeros, rather than a read of foreign memory.
+    """
     feature = tl.arange(0, BLOCK)
     slot = first + tl.arange(0, TILE)
     at = row * k + slot
     given = slot < k
     value = tl.load(values_ptr + at, mask=given, other=0.0).to(tl.float32)
     latent = tl.load(indices_ptr + at, mask=given, other=0).to(tl.int64)
-    wanted = (given & (value != 0))[:, None] & (feature < d)[None, :]
+    known = (latent >= 0) & (latent < n)
+    wanted = (given & known & (value != 0))[:, None] & (feature < d)[None, :]
     rows = tl.load(weight_ptr + latent[:, None] * d + feature[None, :], mask=wanted, other=0.0).to(tl.float32)
-    return at, given, value, rows
+    return at, given, tl.where(known, value, float("nan")), rows
 
 
 @triton.jit
 def _reconstruct_kernel(
-    values_ptr, indices_ptr, weight_ptr, target_ptr, recons_ptr, error_ptr, grads_ptr, squared_ptr, d, k,
+    values_ptr, indices_ptr, weight_ptr, target_ptr, recons_ptr, error_ptr, grads_ptr, squared_ptr, n, d, k,
     ADD: tl.constexpr, COMPARE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add the rows up, or take their sum from recons; compare it with the target, or put it into recons."""
@@ -155,7 +169,7 @@ def _reconstruct_kernel(
     if ADD:
         recons = tl.zeros([BLOCK], tl.float32)
         for first in range(0, k, TILE):
-            at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
+            at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, n, d, k, TILE, BLOCK)
             recons += tl.sum(value[:, None] * rows, axis=0)
     else:
         recons = tl.load(recons_ptr + at_row, mask=inside, other=0.0)
@@ -168,14 +182,14 @@ def _reconstruct_kernel(
         tl.store(squared_ptr + row, tl.sum(error * error, axis=0))
         # The same rows again, now from the nearest cache.
         for first in range(0, k, TILE):
-            at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, k, d, TILE, BLOCK)
+            at, given, value, rows = _gathered(values_ptr, indices_ptr, weight_ptr, row, first, n, d, k, TILE, BLOCK)
             grad = tl.sum(error[None, :] * rows, axis=1)
-            tl.store(grads_ptr + at, tl.where(value > 0, grad, 0.0), mask=given)
+            tl.store(grads_ptr + at, tl.where(value > 0, grad, 0.0 * value), mask=given)  # NaN stays
 
 
 def _compiled(dtype: str, d: int, settings: Settings, capabilities: tuple[int, ...]) -> list[Compiled]:
     tile, block, warps = _shape(d, d, settings)
-    types = f"*fp32, *i32, *{dtype}, *{dtype}, *fp32, *{dtype}, *fp32, *fp32, i32:16, i32:16"
+    types = f"*fp32, *i32, *{dtype}, *{dtype}, *fp32, *{dtype}, *fp32, *fp32, i32, i32:16, i32:16"
     return [
         Compiled(
             _reconstruct_kernel,

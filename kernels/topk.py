@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels import tuning
+from sae.kernels._arguments import expect, expect_contiguous, expect_k, received
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 from sae.kernels.launches import Settings
@@ -40,11 +41,13 @@ def topk(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     of a stable descending sort. NaN counts as -infinity. Values are differentiable with respect to x.
 
     Raises ValueError when x is not a matrix or k is not between 1 and n.
+
+    Source: the TopK activation of Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3; the k-th
+    value is found by radix selection, as in Alabi et al. 2012, "Fast k-selection algorithms for graphics processing
+    units".
     """
-    if x.ndim != 2:
-        raise ValueError(f"topk expects x of shape [B, n], received {tuple(x.shape)}")
-    if not 1 <= k <= x.shape[1]:
-        raise ValueError(f"topk expects 1 <= k <= n, received k={k} with n={x.shape[1]}")
+    expect("topk", "x [B, n]", x)
+    expect_k("topk", k, x.shape[1])
     kernel = use_triton(x) and x.is_floating_point()
     indices = (_topk_triton if kernel else _topk_torch)(x.detach(), k)
     return x.gather(1, indices), indices
@@ -91,7 +94,12 @@ def _ordered(x: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
 
 
 def group_maxima(x: Tensor) -> Tensor:
-    """Maxima of each 32 neighbouring columns of contiguous x [B, n], as [B, ceil(n / 32)] in x's type."""
+    """Maxima of each 32 neighbouring columns of contiguous x [B, n], as [B, ceil(n / 32)] in x's type.
+
+    Raises ValueError when x is not a contiguous matrix of floats.
+    """
+    expect("group_maxima", "x [B, n] float", x)
+    expect_contiguous("group_maxima", "x", x)
     rows, n = x.shape
     maxima = torch.empty(rows, triton.cdiv(n, GROUP), dtype=x.dtype, device=x.device)
     if rows:
@@ -104,8 +112,12 @@ def group_maxima(x: Tensor) -> Tensor:
 def select(x: Tensor, maxima: Tensor, k: int, n: int) -> Selected:
     """The k largest of the first n columns of x [B, >= n], given its `group_maxima`.
 
-    x is contiguous; columns from n on must hold -infinity, or not exist.
+    Columns from n on must hold -infinity, or not exist.
+
+    Raises ValueError when x or its maxima are not contiguous, the maxima are not those of x, or k is not between 1 and
+    n.
     """
+    _check("select", x, maxima, k, n)
     return _select(x, maxima, k, _settings(x, maxima, k))
 
 
@@ -125,7 +137,11 @@ def _select(x: Tensor, maxima: Tensor, k: int, settings: Settings) -> Selected:
 
 
 def keep_topk(x: Tensor, maxima: Tensor, k: int) -> Tensor:
-    """Zero x [B, n] but for the positive (or NaN) ones of each row's k largest, given its `group_maxima`; in place."""
+    """Zero x [B, n] but for the positive (or NaN) ones of each row's k largest, given its `group_maxima`; in place.
+
+    Raises ValueError as `select` does.
+    """
+    _check("keep_topk", x, maxima, k, x.shape[1])
     (rows, width), n_groups = x.shape, maxima.shape[1]
     if rows:
         kept = min(k, n_groups)
@@ -135,6 +151,14 @@ def keep_topk(x: Tensor, maxima: Tensor, k: int) -> Tensor:
             triton.next_power_of_2(kept), _bits(x), 1024, **_settings(x, maxima, k),
         )  # fmt: skip
     return x
+
+
+def _check(op: str, x: Tensor, maxima: Tensor, k: int, n: int) -> None:
+    expect(op, "x [B, n] float, maxima [B, G] float", x, maxima)
+    expect_contiguous(op, "x and maxima", x, maxima)
+    if maxima.shape[1] != triton.cdiv(x.shape[1], GROUP) or maxima.dtype != x.dtype:
+        raise ValueError(f"{op} expects the group maxima of x, received {received(x, maxima)}")
+    expect_k(op, k, min(n, x.shape[1]))
 
 
 def _bits(x: Tensor) -> int:

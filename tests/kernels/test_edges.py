@@ -50,6 +50,16 @@ OPS: dict[str, tuple[Rowwise, Callable[[int], list[Tensor]]]] = {
         lambda target, values, at: reconstruct.reconstruct(values.relu(), at, drawn(N, D).to(target), target),
         lambda rows: [drawn(rows, D), drawn(rows, K), indices(rows)],
     ),
+    "reconstruct_given": (
+        lambda target, values, at, recons: reconstruct.reconstruct(
+            values.relu(), at, drawn(N, D).to(target), target, recons
+        ),
+        lambda rows: [drawn(rows, D), drawn(rows, K), indices(rows), drawn(rows, D, seed=1)],
+    ),
+    "partial": (
+        lambda values, at: (reconstruct.partial(values, at, drawn(N, D).to(values)),),
+        lambda rows: [drawn(rows, K), indices(rows)],
+    ),
 }
 every_op = pytest.mark.parametrize("op", OPS)
 
@@ -134,6 +144,49 @@ def test_weighted_sum_of_any_strides(device: str, rows: int) -> None:
         found = columns.weighted_sum(weights, x)
     # Sums of at most 131 products of order one in float32.
     torch.testing.assert_close(found.double(), weights.double() @ x.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [-1, N])
+@on_devices
+def test_an_unknown_latent_gives_nan_in_its_row_only(device: str, index: int) -> None:
+    values, at, weight = drawn(3, K).abs().to(device), indices(3).to(device), drawn(N, D).to(device)
+    recons, target = drawn(3, D).to(device), drawn(3, D, seed=1).to(device)
+    at[1, 2] = index
+    alone = torch.tensor([True, False, True])
+    with kernels(device):
+        parts = reconstruct.partial(values, at, weight)
+        whole = reconstruct.reconstruct(values, at, weight, target)
+        given = reconstruct.reconstruct(values, at, weight, target, recons)
+    for result in (parts, *whole, given.value_grads):
+        assert result[1].isnan().any()
+        assert result[alone].isfinite().all()
+    assert given.value_grads[1].isnan().tolist() == [False, False, True, False, False, False]
+    assert given.error.isfinite().all()
+
+
+@on_devices
+def test_what_the_parts_of_an_op_cannot_take_is_refused(device: str) -> None:
+    x, weight, bias = (t.to(device) for t in (drawn(4, D), drawn(N, D), drawn(N)))
+    entries = drawn(4, N).to(device)
+    with kernels(device):
+        maxima = topk.group_maxima(entries)
+    turned = entries.T.contiguous().T
+    calls: dict[str, Callable[[], Any]] = {
+        "group_maxima": lambda: topk.group_maxima(turned),
+        "select": lambda: topk.select(turned, maxima, K, N),
+        "keep_topk": lambda: topk.keep_topk(turned, maxima, K),
+        "pre_activations": lambda: encode.pre_activations(x.T.contiguous().T, weight, bias),
+    }
+    for op, call in calls.items():
+        with kernels(device), pytest.raises(ValueError, match=f"{op} expects contiguous"):
+            call()
+    with kernels(device), pytest.raises(ValueError, match="group maxima of x"):
+        topk.select(entries, maxima[:, 1:].contiguous(), K, N)
+    for k in (0, N + 1):
+        with kernels(device), pytest.raises(ValueError, match=f"k={k} with n={N}"):
+            topk.select(entries, maxima, k, N)
+        with kernels(device), pytest.raises(ValueError, match=f"k={k} with n={N}"):
+            topk.keep_topk(entries, maxima, k)
 
 
 @pytest.mark.gpu
