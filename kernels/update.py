@@ -13,7 +13,7 @@ Source: Kingma and Ba 2015, "Adam", algorithm 1; Gao et al. 2024, section 2.1 an
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sae.kernels import tuning
+from sae.kernels._arguments import expect, expect_contiguous
 from sae.kernels._rows import MAX_FEATURES, block_of
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -97,7 +98,7 @@ class SparseGradient:
 
     @cached_property
     def sums(self) -> "_Sums":
-        if use_triton(self.grads, self.error):
+        if use_triton(self.grads, self.error) and self.error.shape[1] <= MAX_FEATURES:
             return _sums(self, _settings(self.error))
         return _Sums(bias=_bias_torch(self))
 
@@ -120,14 +121,24 @@ class Hyper(NamedTuple):
 
 
 def gradients(of: SparseGradient, latents: slice) -> Gradients:
-    """Dense gradients of consecutive latents, the decoder's not projected: what replicas can add up."""
+    """Dense gradients of consecutive latents, the decoder's not projected: what replicas can add up.
+
+    Raises ValueError when there are no such latents, and where a kernel is used when shapes or types disagree, or a
+    tensor of `of` is not contiguous.
+    """
+    n = len(of.index.starts) - 1
+    if not 0 <= latents.start <= latents.stop <= n:
+        raise ValueError(f"gradients expects a slice of latents within 0..{n}, received {latents}")
     if use_triton(of.grads, of.error) and of.error.shape[1] <= MAX_FEATURES:
         return _gradients_triton(of, latents)
     return _gradients_torch(of, latents)
 
 
 def project(latents: Latents, grads: Gradients) -> Tensor:
-    """Project the decoder's gradient in place; returns the sum of squares of all three for each latent [n]."""
+    """Project the decoder's gradient in place; returns the sum of squares of all three for each latent [n].
+
+    Raises ValueError as `update` does.
+    """
     if _on_gpu(latents):
         return _launch(latents, None, grads, None, project=True)
     project_(grads.decoder, latents.decoder.weight)
@@ -135,7 +146,10 @@ def project(latents: Latents, grads: Gradients) -> Tensor:
 
 
 def apply_gradients(latents: Latents, grads: Gradients, hyper: Hyper) -> None:
-    """Adam on all three, unit norm for the decoder's rows, averages and shadows; in place, and grads are used up."""
+    """Adam on all three, unit norm for the decoder's rows, averages and shadows; in place, and grads are used up.
+
+    Raises ValueError as `update` does.
+    """
     if _on_gpu(latents):
         _launch(latents, None, grads, hyper)
     else:
@@ -146,6 +160,9 @@ def update(latents: Latents, of: SparseGradient | Gradients, hyper: Hyper) -> Te
     """`gradients`, unless they are given, `project` and `apply_gradients` in one pass; returns the squares [n].
 
     The gradients are not written. The clip factor must be 1, as the norm is not known beforehand.
+
+    Raises ValueError when a parameter, a moment, an average or a shadow is not contiguous; where a kernel is used, also
+    when shapes or types disagree, or a gradient or what it is made of is not contiguous.
     """
     if _on_gpu(latents):
         given = of if isinstance(of, Gradients) else None
@@ -189,8 +206,7 @@ def normalise_rows_(rows: Tensor) -> None:
 
 def _on_gpu(latents: Latents) -> bool:
     for parameter in latents:
-        if not all(t is None or t.is_contiguous() for t in parameter):
-            raise ValueError("update expects contiguous parameters, moments, averages and shadows: rows for latents")
+        expect_contiguous("update", "parameters, moments, averages and shadows, in rows for latents", *parameter)
     return use_triton(latents.encoder.weight) and latents.encoder.weight.shape[1] <= MAX_FEATURES
 
 
@@ -236,8 +252,9 @@ class _Sums(NamedTuple):
 
 
 def _sums(of: SparseGradient, settings: Mapping[str, int]) -> _Sums:
-    if not all(t.is_contiguous() for t in (of.values, of.grads, of.error, of.centred)):
-        raise ValueError("update expects contiguous values, grads, error and centred")
+    given = of.values, of.grads, of.error, of.centred
+    expect("update", "values [B, k] float, grads [B, k] float, error [B, d] float, centred [B, d] float", *given)
+    expect_contiguous("update", "values, grads, error and centred", *given)
     (rows, k), d = of.values.shape, of.error.shape[1]
     n, n_chunks = len(of.index.starts) - 1, rows * k // CHUNK
     device = of.error.device
@@ -278,6 +295,14 @@ def _launch(
     squares = torch.empty(n, device=rows.device)
     unused = squares  # a pointer for what a variant does not touch
     dead = of.dead if of is not None else None
+    if dead is not None:
+        form = "place [n] int, encoder [m, d] float, bias [m] float and decoder [m, d] float of dead latents"
+        expect("update", form, *dead)
+        expect_contiguous("update", "gradients of dead latents", *dead)
+    if grads is not None:
+        form = "weights [n, d] float, and gradients encoder [n, d] float, bias [n] float and decoder [n, d] float"
+        expect("update", form, rows, *grads)
+        expect_contiguous("update", "gradients", *grads)
     if of is not None:
         index, sums = of.index, of.sums if settings is None else _sums(of, settings)
         gather: tuple[Any, ...] = (
@@ -315,8 +340,13 @@ def update_op(d: int) -> str:
 def _settings(like: Tensor) -> dict[str, int]:
     """How to launch for rows of like [_, d]."""
     d = like.shape[1]
-    chosen = tuning.settings(update_op(d), like, (block_of(d),), partial(_try, d, like.device))
-    return _fitting(chosen, d)
+    made_up = cache(partial(_made_up, d, like.device))  # for as long as settings are tried
+
+    def launch(settings: Settings) -> None:
+        latents, of, hyper = made_up()
+        _launch(latents, of, None, hyper, project=True, settings=_fitting(settings, d))
+
+    return _fitting(tuning.settings(update_op(d), like, (block_of(d),), launch), d)
 
 
 def _fitting(chosen: Settings, d: int) -> dict[str, int]:
@@ -324,15 +354,8 @@ def _fitting(chosen: Settings, d: int) -> dict[str, int]:
     return {**chosen, "TILE": max(1, min(chosen["TILE"], MAX_FEATURES // block_of(d)))}
 
 
-def _try(d: int, device: torch.device, settings: Settings) -> None:
-    """An update of made-up latents."""
-    latents, of, hyper = _made_up(d, device)
-    _launch(latents, of, None, hyper, project=True, settings=_fitting(settings, d))
-
-
-@lru_cache(maxsize=1)
 def _made_up(d: int, device: torch.device) -> tuple[Latents, SparseGradient, Hyper]:
-    """Each of 2,048 latents fires 32 times."""
+    """An update to measure with: each of 2,048 latents fires 32 times."""
     n, rows, k = 2048, 2048, 32
     encoder, decoder = (Parameter(*(torch.ones(n, d, device=device) for _ in range(4))) for _ in range(2))
     bias = Parameter(*(torch.ones(n, device=device) for _ in range(4)))

@@ -1,6 +1,7 @@
 """The kernels of the training step against their twins in double precision, and against themselves."""
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -338,6 +339,35 @@ def test_a_layout_that_the_update_cannot_take_is_refused(device: str) -> None:
     of = gradient_of(device, torch.float32, 5, 4, 6, 2, hot=False, dead=False)
     with pytest.raises(ValueError, match="contiguous"):
         update.update(update.Latents(rows[0], rows[1], turned), of, update.Hyper(torch.ones(3, device=device)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_a_layout_that_the_update_cannot_take_are_refused(device: str) -> None:
+    n, d = 6, 4
+    rows = [parameter(shape, device, torch.float32, 0) for shape in ((n, d), (n,), (n, d))]
+    latents, hyper = update.Latents(*rows), update.Hyper(torch.ones(3, device=device))
+    of = gradient_of(device, torch.float32, 5, d, n, 2, hot=False, dead=True)
+    dead = of.dead._replace(encoder=of.dead.encoder.T.contiguous().T)
+    given = update.Gradients(*(drawn(*shape, device=device) for shape in ((n, d), (n,), (n, d))))
+    turned = given._replace(decoder=given.decoder.T.contiguous().T)
+    calls: list[Callable[[], Any]] = [
+        lambda: update.update(latents, turned, hyper),
+        lambda: update.project(latents, turned),
+        lambda: update.apply_gradients(latents, turned, hyper),
+        lambda: update.update(latents, replace(of, dead=dead), hyper),
+        lambda: update.gradients(replace(of, dead=dead), slice(0, n)),
+        lambda: update.gradients(replace(of, error=of.error.T.contiguous().T), slice(0, n)),
+    ]
+    before = fresh(latents)
+    for call in calls:
+        with kernels(device), pytest.raises(ValueError, match="update expects contiguous"):
+            call()
+    with kernels(device), pytest.raises(ValueError, match=r"received \(6, 4\) float32, \(6, 3\) float32"):
+        update.project(latents, given._replace(encoder=given.encoder[:, 1:].contiguous()))
+    with kernels(device), pytest.raises(ValueError, match=r"latents within 0\.\.6"):
+        update.gradients(of, slice(0, n + 1))
+    for mine, theirs in zip(latents, before, strict=True):
+        assert torch.equal(mine.weight, theirs.weight)
 
 
 @pytest.mark.parametrize("device", DEVICES)
