@@ -74,7 +74,8 @@ def _mse_triton(recons: Tensor, x: Tensor) -> Tensor:
 def _gradient_triton(recons: Tensor, x: Tensor, grad: Tensor) -> Tensor:
     # The scale stays on the device: reading it would wait for the forward pass.
     scale = (2 * grad.float() / recons.numel()).reshape(1)
-    out = torch.empty(recons.shape, dtype=recons.dtype, device=recons.device)
+    wider = torch.promote_types(recons.dtype, x.dtype)  # so that each input's gradient is rounded once, to its type
+    out = torch.empty(recons.shape, dtype=wider, device=recons.device)
     _launch(_gradient_kernel, recons, x, out, scale)
     return out
 

@@ -195,6 +195,19 @@ def test_a_latent_on_every_row_is_summed_in_chunks(device: str, dtype: torch.dty
 
 
 @places
+def test_each_gradient_of_mse_has_the_precision_of_its_input(device: str, dtype: torch.dtype) -> None:
+    g, half = torch.Generator().manual_seed(0), torch.bfloat16 if device == "cpu" else dtype
+    for types in ((half, torch.float32), (torch.float32, half)):
+        inputs = [normal(g, 9, 37).to(device, kind).requires_grad_() for kind in types]
+        with kernels(device):
+            found = torch.autograd.grad(mse(*inputs), inputs)
+        exact = torch.autograd.grad(mse(*(exactly := [x.detach().double().requires_grad_() for x in inputs])), exactly)
+        for mine, true, kind in zip(found, exact, types, strict=True):
+            assert mine.dtype == kind
+            torch.testing.assert_close(mine.double(), true, rtol=torch.finfo(kind).eps, atol=1e-7)
+
+
+@places
 @cases
 def test_the_same_input_gives_the_same_bits(case: Callable[..., Case], device: str, dtype: torch.dtype) -> None:
     op, inputs = case(torch.Generator().manual_seed(1), 61, 7, 13, 67)
