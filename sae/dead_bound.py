@@ -25,6 +25,7 @@ class DeadBound:
     """
 
     LAG = 2
+    STATE = LAG, 4
 
     def __init__(self, dead: DeadLatents, threshold: int, tp: Group | None = None) -> None:
         self._dead, self._threshold = dead, threshold
@@ -60,19 +61,21 @@ class DeadBound:
         self._counts.append(_Count(count, copied, self._tokens + self.LAG * rows))
 
     def state(self) -> Tensor:
-        """int64 [LAG, 3] of the counts that are still to be read: latents, tokens left, size of tp; or -1."""
-        rows = [[-1] * 3] * (self.LAG - len(self._counts))
+        """int64 of shape STATE, of the counts still to be read: latents, tokens left, threshold, size of tp; or -1."""
+        rows = [[-1] * self.STATE[1]] * (self.LAG - len(self._counts))
         for count in self._counts:
             if count.copied is not None:
                 count.copied.synchronize()
-            rows.append([int(count.latents), count.holds_until - self._tokens, self._tp.size])
+            rows.append([int(count.latents), count.holds_until - self._tokens, self._threshold, self._tp.size])
         return torch.tensor(rows[-self.LAG :])
 
     def load(self, state: Tensor) -> None:
-        """Go on from counts made with as many ranks; others' are of no use."""
+        """Go on from counts made with this threshold and as many ranks; others are of no use."""
         self._tokens = 0
         self._counts = deque(
-            _Count(torch.tensor(latents), None, left) for latents, left, size in state.tolist() if size == self._tp.size
+            _Count(torch.tensor(latents), None, left)
+            for latents, left, *made_with in state.tolist()
+            if made_with == [self._threshold, self._tp.size]
         )
 
     def _within(self, tokens: int) -> Tensor:

@@ -19,6 +19,7 @@ from sae.auxk import AuxK, Weights
 from sae.collectives import Wait
 from sae.dead_bound import DeadBound
 from sae.graphs import Replay
+from sae.kernels._rows import MAX_FEATURES
 from sae.kernels.centre import centre
 from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.dispatch import use_triton
@@ -39,6 +40,7 @@ from sae.kernels.update import (
     project,
     update,
 )
+from sae.losses import ratio
 from sae.model import NORMALIZE_EPS, Autoencoder, won
 from sae.optimise import EMA, DeadLatents, Optimiser
 from sae.sharded import Holdings
@@ -110,7 +112,9 @@ class SparseStep:
         self._pre_bias = self._parameter("pre_bias")
         self._auxk = AuxK(self._weights, self._pre_bias.weight, self._mesh.tp, config.auxk, config.auxk_coef)
         self._published: list[Wait] = []
-        recorded = config.graphs and self._dtype == torch.bfloat16 and self._mesh.everyone.size == 1
+        alone = self._mesh.everyone.size == 1
+        # The twins, to which wider rows go, wait for the device.
+        recorded = config.graphs and alone and self._dtype == torch.bfloat16 and master.shape[1] <= MAX_FEATURES
         self._run = Replay(self._train) if recorded else self._train
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
         self.refresh()
@@ -202,7 +206,7 @@ class SparseStep:
             direct,
             column_sum(centred),
             squared_error,
-            (found.squared_error / power).sum(),
+            ratio(found.squared_error, power).sum(),
             centred_power.sum(),
             loss,
         )

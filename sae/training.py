@@ -39,7 +39,7 @@ class TrainStep:
         self.optimiser = Optimiser(self.holdings.owned, config.clip)
         self.ema = EMA(self.holdings.owned, config.ema_decay) if config.ema_decay is not None else None
         self.dead = DeadLatents(autoencoder.stats_last_nonzero)
-        self._bound = torch.full((DeadBound.LAG, 3), -1)
+        self._bound = torch.full(DeadBound.STATE, -1)
         fits = isinstance(autoencoder.activation, TopK) and SparseStep.fits(autoencoder)
         self._sparse = SparseStep(self.holdings, config, self.optimiser, self.ema, self.dead) if fits else None
 

@@ -6,6 +6,7 @@ import torch
 from sae.activations import TopK
 from sae.graphs import Replay
 from sae.initialise import initialise
+from sae.kernels._rows import MAX_FEATURES
 from sae.kernels.decode import decode
 from sae.kernels.sampled import sampled_matmul
 from sae.kernels.scatter import sparse_t_matmul
@@ -121,6 +122,21 @@ def test_a_resumed_training_by_kernels_goes_on_bit_by_bit() -> None:
         second.step(batch, 3e-4)
     for name, value in whole.state_dict().items():
         assert torch.equal(second.state_dict()[name], value), name
+
+
+def test_rows_wider_than_the_kernels_take_are_trained_by_the_twins() -> None:
+    """More steps than are launched before a graph would be recorded."""
+    n, d, rows = 96, MAX_FEATURES + 1, 64
+    data = torch.randn(8 * rows, d, generator=torch.Generator().manual_seed(6))
+    losses = []
+    for device in ("cpu", "cuda"):
+        autoencoder = Autoencoder(n, d, TopK(4), normalize=True)
+        scale = initialise(autoencoder, data, torch.Generator().manual_seed(0))
+        config = StepConfig(mse_scale=scale, auxk=8, dead_after_tokens=100, ema_decay=0.9)
+        train = TrainStep(autoencoder.to(device), config)
+        losses.append([float(train.step(batch.to(device), 1e-4)["loss"]) for batch in data.split(rows)])
+    # Products and reconstructions in bfloat16 against float32.
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 @pytest.mark.parametrize("levels", [2, 1000])

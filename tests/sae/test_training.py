@@ -1,4 +1,5 @@
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -176,6 +177,41 @@ def test_the_kernels_train_like_their_twins(clip: float | None) -> None:
         found_weight = kernels.autoencoder.tensors()[name]
         # float32, and Adam's first steps are as large for small gradients as for large ones.
         torch.testing.assert_close(found_weight, weight.to(found_weight.dtype), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_a_row_of_zeros_leaves_everything_finite(by_kernels: bool, normalize: bool) -> None:
+    with interpreter() if by_kernels else nullcontext():
+        train = TrainStep(fresh(TopK(K), normalize).float(), replace(CONFIG, dead_after_tokens=20))
+        for x in batches(3, rows=16):
+            x[3] = 0
+            metrics = train.step(x.float(), 0.01)
+            assert all(value.isfinite() for value in metrics.values()), metrics
+    assert all(tensor.isfinite().all() for tensor in train.state_dict().values())
+
+
+def test_what_was_known_of_dead_latents_holds_for_its_threshold_only() -> None:
+    since = torch.full((50,), 5_000)
+    counted = torch.tensor([[0, 10_000, 100_000, 1]] * DeadBound.LAG)  # none is dead after 100,000 tokens
+    for threshold, expected in ((100_000, 0), (100, 50)):
+        bound = DeadBound(DeadLatents(since), threshold)
+        bound.load(counted)
+        assert bound.next(16) == expected
+
+
+@pytest.mark.gpu
+def test_a_state_of_another_threshold_is_gone_on_from() -> None:
+    def by(threshold: int) -> TrainStep:
+        return TrainStep(fresh(TopK(K)).float().cuda(), replace(CONFIG, clip=None, dead_after_tokens=threshold))
+
+    data, first, second = [x.float().cuda() for x in batches(8)], by(100_000), by(33)
+    for x in data[:4]:
+        first.step(x, 0.01)
+    second.load_state_dict({name: value.clone() for name, value in first.state_dict().items()})
+    metrics = [second.step(x, 0.01) for x in data[4:]]
+    assert max(float(m["dead"]) for m in metrics) > 0
+    assert all(torch.isfinite(value) for m in metrics for value in m.values())
 
 
 @pytest.mark.parametrize(
