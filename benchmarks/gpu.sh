@@ -51,6 +51,8 @@ for stage in "$@"; do
         side_by_side "$stage" "sanitizer $stage" "$fused -k (update)and(cuda)and(True-True)" "$fused -k centre" \
             "$fused -k (update)and(cuda)and(not(True-True))" "$fused -k dense_latents" tests/kernels/test_reference_ops.py \
             "$fused -k not(update)and(not(centre))and(not(dense_latents))and(not(encode_selects))"
+        [ "$stage" = racecheck ] || side_by_side "$stage" "sanitizer $stage" "tests/kernels/test_exact.py -k not(memory)" \
+            "tests/kernels/test_edges.py -k not(31)" "tests/kernels/test_tuning.py -k (candidate)or(output)"
         ;;
     tune) bench tune --rounds 5 --budget 1 ;;
     quick)
