@@ -91,7 +91,7 @@ from triton.backends.compiler import GPUTarget
 from sae.kernels import reconstruct, tuning
 from sae.kernels.compiled import Compiled
 
-types = "*fp32, *i32, *fp32, *fp32, *fp32, *fp32, *fp32, *fp32, i32, i32"
+types = "*fp32, *i32, *fp32, *fp32, *fp32, *fp32, *fp32, *fp32, i32, i32, i32"
 seen = 0
 for d, k in ((1, 1), (13, 4), (17, 5), (33, 37)):
     for settings, _ in tuning.variants("reconstruct"):
