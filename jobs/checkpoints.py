@@ -75,13 +75,17 @@ Weights = Literal["average", "plain"]
 _PLACES: Final[dict[Weights, tuple[str, str]]] = {"average": ("model", ""), "plain": ("state", "autoencoder.")}
 
 
-def load(lake: Lake, name: str, weights: Weights = "average") -> Autoencoder:
-    """A fully trained autoencoder of the lake, for inference: the moving average of its weights, or the last ones."""
+Which = Literal["last", "best"]
+"""Of the checkpoints that are kept; the best is the one with the least held-out FVU, which the average has."""
+
+
+def load(lake: Lake, name: str, weights: Weights = "average", which: Which = "last") -> Autoencoder:
+    """A fully trained autoencoder of the lake, for inference: the moving average of its weights, or the plain ones."""
     snapshot = lake.snapshot()
     state = state_of(snapshot, name)
     autoencoder = Autoencoder.from_config(state["config"])
     files, prefix = _PLACES[weights]
-    tensors = read(lake, snapshot, state["checkpoints"][-1][files], prefix=prefix)
+    tensors = read(lake, snapshot, chosen(state, name, which)[files], prefix=prefix)
     try:
         autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
     except RuntimeError as error:
@@ -173,9 +177,24 @@ def write_tensors(
 
 def kept(checkpoints: list[dict[str, Any]], n_last: int) -> list[dict[str, Any]]:
     """The last n, and the one with the least held-out FVU."""
+    best = _best(checkpoints)
+    return [one for one in checkpoints if one in checkpoints[-n_last:] or one is best]
+
+
+def _best(checkpoints: list[dict[str, Any]]) -> dict[str, Any] | None:
     scored = [one for one in checkpoints if one.get("fvu") is not None]
-    best = [min(scored, key=lambda one: float(one["fvu"]))] if scored else []
-    return [one for one in checkpoints if one in checkpoints[-n_last:] or one in best]
+    return min(scored, key=lambda one: float(one["fvu"])) if scored else None
+
+
+def chosen(state: dict[str, Any], name: str, which: Which) -> dict[str, Any]:
+    """One of an autoencoder's checkpoints: its step, tokens and files."""
+    found: dict[str, Any] | None = state["checkpoints"][-1] if which == "last" else _best(state["checkpoints"])
+    if found is None:
+        raise ConfigError(
+            f"encode.checkpoint: got best, but nothing was held out while autoencoder {name} was trained, so none is "
+            "known to be; give last, or train with training.validation above 0"
+        )
+    return found
 
 
 def paths(checkpoint: dict[str, Any]) -> list[str]:
@@ -194,9 +213,9 @@ def _save(tensors: dict[str, Tensor], path: str) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def identity(snapshot: Snapshot, name: str, weights: Weights = "average") -> str:
+def identity(snapshot: Snapshot, name: str, weights: Weights = "average", which: Which = "last") -> str:
     """Short hash of the weights that encode with: latents of other weights are other latents."""
-    return _hash(snapshot, state_of(snapshot, name)["checkpoints"][-1][_PLACES[weights][0]])
+    return _hash(snapshot, chosen(state_of(snapshot, name), name, which)[_PLACES[weights][0]])
 
 
 def _hash(snapshot: Snapshot, shards: Shards) -> str:

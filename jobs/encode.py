@@ -46,7 +46,7 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
     name = config.autoencoder.name
     checkpoints.check_made_with(checkpoints.state_of(snapshot, name), config, checkpoints.is_of_subject)
     encoding = {
-        "checkpoint": checkpoints.identity(snapshot, name, config.encode.weights),
+        "checkpoint": checkpoints.identity(snapshot, name, config.encode.weights, config.encode.checkpoint),
         "seed": config.seed,
         **config.encode.model_dump(include={"run_tokens", "bin_width", "examples"}),
     }
@@ -66,12 +66,12 @@ class Encoder:
     def __init__(self, config: Run, encoding: dict[str, Any], plan: runs.Plan, n_workers: int) -> None:
         device = cluster.use_device(n_workers)
         self._config, self._encoding, self._plan = config, encoding, plan
-        name, weights = config.autoencoder.name, config.encode.weights
+        name, chosen = config.autoencoder.name, (config.encode.weights, config.encode.checkpoint)
         self._lake = Lake(config.lake)
         self._subject = Subject.load(**config.subject.model_dump(), device=device)
-        self._autoencoder = checkpoints.load(self._lake, name, weights).to(device)
+        self._autoencoder = checkpoints.load(self._lake, name, *chosen).to(device)
         # Asked once they are loaded: weights can only be newer than the command's before that.
-        if checkpoints.identity(self._lake.snapshot(), name, weights) != encoding["checkpoint"]:
+        if checkpoints.identity(self._lake.snapshot(), name, *chosen) != encoding["checkpoint"]:
             raise LakeError(f"autoencoder {name} was trained on meanwhile; run sae encode again")
         checkpoints.check_fit(self._autoencoder, self._subject, name)
         self._rounded_encoder = self._autoencoder.rounded_encoder()

@@ -37,7 +37,7 @@ def run(config: Run) -> None:
             "training.validation: got 0; evaluate needs held-out text, give the fraction used in training"
         )
     key = f"evaluate/{name}/{corpus}"
-    weights = checkpoints.identity(snapshot, name, config.encode.weights)
+    weights = checkpoints.identity(snapshot, name, config.encode.weights, config.encode.checkpoint)
     settings = {"checkpoint": weights, "tokens": config.evaluate.tokens}
     if snapshot.properties.get(key) == settings:
         progress.say(f"evaluate: {name} is evaluated on {corpus}")
@@ -48,7 +48,9 @@ def run(config: Run) -> None:
             metrics: dict[str, float] = ray.get(task.remote(config))
         except RayError as error:
             raise cluster.cause(error) from None
-    rows = [("evaluate", state["step"], state["tokens"], metric, value) for metric, value in sorted(metrics.items())]
+    evaluated = checkpoints.chosen(state, name, config.encode.checkpoint)
+    at = ("evaluate", evaluated["step"], evaluated["tokens"])
+    rows = [(*at, metric, value) for metric, value in sorted(metrics.items())]
     columns = [pa.array(column) for column in zip(*rows, strict=True)]
     with lake.transaction("evaluate") as transaction:
         transaction.remove(snapshot.select("metrics", corpus=corpus, autoencoder=name))
@@ -71,7 +73,9 @@ def _evaluate(config: Run) -> dict[str, float]:
     corpus = contexts.load(lake, config.corpus.name)
     # The loss needs the layers behind the hook as well.
     subject = Subject.load(**{**config.subject.model_dump(), "layers": None}, device=device)
-    autoencoder = checkpoints.load(lake, config.autoencoder.name, config.encode.weights).to(device)
+    autoencoder = checkpoints.load(lake, config.autoencoder.name, config.encode.weights, config.encode.checkpoint).to(
+        device
+    )
     checkpoints.check_fit(autoencoder, subject, config.autoencoder.name)
     validation = held_out(corpus.doc_id, config.training.validation, config.seed)
     kept = corpus.kept_tokens(config.subject.masked_positions)

@@ -115,6 +115,9 @@ class Encode(_Section):
     weights: Literal["average", "plain"] = Field(
         "average", description="of evaluate too: the weights' moving average, or what they were after the last step"
     )
+    checkpoint: Literal["last", "best"] = Field(
+        "last", description="of evaluate too: the last one, or of those that are kept the one with the least held-out FVU"
+    )
 
 
 class Compact(_Section):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from sae import device_statistics
 from sae.jobs import checkpoints, encode, runs
@@ -37,6 +38,33 @@ def test_a_worker_refuses_weights_that_are_newer_than_its_command(briefly: Lab, 
     assert checkpoints.identity(lake.snapshot(), NAME) != encoding["checkpoint"]
     with pytest.raises(LakeError, match="was trained on meanwhile; run sae encode again"):
         encode.Encoder(config, encoding, plan, 1)
+
+
+def test_the_best_checkpoint_can_be_chosen(briefly: Lab, tmp_path: Path) -> None:
+    lab = briefly.copy(tmp_path)
+    train(lab, training__tokens=2 * SHORT)
+    config, lake = run_of(lab), Lake(str(lab.lake))
+    best = config.model_copy(update={"encode": config.encode.model_copy(update={"checkpoint": "best"})})
+    known = lake.snapshot().properties[f"autoencoder/{NAME}"]
+
+    def encoded_with(*scores: float | None) -> tuple[str, str]:
+        scored = [{**one, "fvu": fvu} for one, fvu in zip(known["checkpoints"], scores, strict=True)]
+        with lake.transaction("test") as transaction:
+            transaction.set(f"autoencoder/{NAME}", {**known, "checkpoints": scored})
+        return encode._encoding(lake, config)["checkpoint"], encode._encoding(lake, best)["checkpoint"]
+
+    last, first = encoded_with(0.1, 0.2)
+    assert last != first
+    assert encoded_with(0.2, 0.1) == (last, last)
+    plain, loaded = checkpoints.load(lake, NAME), checkpoints.load(lake, NAME, which="best")
+    assert torch.equal(plain.encoder.weight, loaded.encoder.weight)
+    encoded_with(0.1, 0.2)
+    loaded = checkpoints.load(lake, NAME, which="best")
+    assert not torch.equal(plain.encoder.weight, loaded.encoder.weight)
+    with pytest.raises(
+        ConfigError, match=r"^encode\.checkpoint: got best, but nothing was held out .*; give last, or "
+    ):
+        encoded_with(None, None)
 
 
 def test_runs_sorted_on_the_device_and_on_the_host_have_the_same_tables(
