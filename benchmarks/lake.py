@@ -29,9 +29,10 @@ import torch
 from safetensors.numpy import save_file
 
 from benchmarks._report import RESULTS, finish, machine
-from benchmarks._synthetic_lake import NAME, Shape, drawn, grow
-from sae.jobs import formats, partials
+from benchmarks._synthetic_lake import CORPUS, NAME, VOCABULARY, Shape, drawn, grow
+from sae.jobs import aggregate, by_token, formats, partials
 from sae.jobs.lake import Lake, connect
+from sae.jobs.token_cache import open_tokens
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
 
@@ -80,6 +81,8 @@ def measured(folder: Path, scratch: Path, shape: Shape, rounds: int) -> Iterator
     for name, lake in (("runs", folder), ("compact", copy)):
         print(f"asking {name}", file=sys.stderr)
         yield from of_questions(name, lake, rounds)
+    print("asking by token", file=sys.stderr)
+    yield from of_tokens(copy, rounds)
 
 
 def of_a_run(scratch: Path, shape: Shape, rounds: int) -> Iterator[Cells]:
@@ -176,6 +179,42 @@ def of_questions(name: str, folder: Path, rounds: int) -> Iterator[Cells]:
             "connected already",
             "10 ms",
         ]
+
+
+def of_tokens(folder: Path, rounds: int) -> Iterator[Cells]:
+    """Questions that begin with a document or a token, and a page: beside the same without the copy and the arrays."""
+    lake = Lake(str(folder))
+    aggregate.merge(lake, NAME)
+    context = lake.snapshot().properties[f"corpus/{CORPUS}"]["n_contexts"] // 2
+    atom = connect(lake.path).execute("select atom from atoms order by n_active desc limit 1").fetchall()[0][0]
+    questions = {
+        "top 50 with tokens": (f"from atom_examples('{NAME}', {atom}, 'top')", "40 ms"),
+        "atoms of a document": (f"from document_atoms('{NAME}', {context})", "-"),
+        "latents of a context": (f"from context_latents('{NAME}', {context})", "-"),
+        "atoms on a rare token": (f"from token_atoms('{NAME}', ' w{VOCABULARY - 257}')", "-"),
+        "atoms on a frequent token": (f"from token_atoms('{NAME}', ' w3')", "-"),
+    }
+    without = [open_and_new(lake.path, query, rounds) for query, _ in questions.values()]
+    began = time.perf_counter()
+    by_token.refresh(lake, NAME, 800 * 10**6)
+    took = time.perf_counter() - began
+    open_tokens(lake, lake.snapshot(), CORPUS)
+    for (title, (query, target)), plain in zip(questions.items(), without, strict=True):
+        mine = open_and_new(lake.path, query, rounds)
+        for how, ours, theirs in zip(("connected already", "with connecting"), mine, plain, strict=True):
+            which = "without copy by token and arrays"
+            yield [f"compact: {title}, {how}", f"{ours * 1000:.0f} ms", f"{theirs * 1000:.0f} ms", which, target]
+    files = lake.snapshot().select(by_token.TABLE)
+    n = sum(file.rows for file in files)
+    yield ["copy by token", f"{sum(file.bytes for file in files) / n:.2f} B a nonzero", "-", "-", "-"]
+    yield ["copy by token of compacted runs, one process", f"{n / took / 1e6:.1f}M nonzeros/s", "-", "-", "-"]
+
+
+def open_and_new(path: str, query: str, rounds: int) -> tuple[float, float]:
+    """Seconds of a query when connected already, and with connecting."""
+    connection = connect(path)
+    already = median(lambda: connection.execute(query).fetchall(), rounds)
+    return already, median(lambda: connect(path).execute(query).fetchall(), rounds)
 
 
 def asked(name: str, title: str, connection: duckdb.DuckDBPyConnection, query: str, rounds: int, target: str) -> Cells:

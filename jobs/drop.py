@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sae.jobs import contexts, encode, formats, merge, progress, ranges, runs
+from sae.jobs import contexts, encode, formats, merge, progress, ranges, runs, token_cache
 from sae.jobs.lake import DataFile, Lake, Range, Snapshot, Transaction
 from sae.schemas.errors import LakeError
 from sae.schemas.tables import CORPUS_SHIFT, LATENTS
@@ -102,6 +102,7 @@ def text(lake: Lake, corpus: str, gone: Range) -> tuple[int, int]:
         _require_nothing_new(
             transaction, f"corpus {corpus}", lambda file: file.corpus == corpus and _meets(file.contexts, new)
         )
+    token_cache.remove_stale(lake, temporary=True)
     return n_contexts, _rows_taken(transaction)
 
 
@@ -120,6 +121,7 @@ def whole_corpus(lake: Lake, corpus: str) -> int:
         transaction.forget(sorted(unit for unit in base.units if _is_of(unit, corpus)))
         _unset(transaction, lambda key: key == f"corpus/{corpus}" or _is_of(key, corpus))
         _require_nothing_new(transaction, f"corpus {corpus}", lambda file: file.corpus == corpus)
+    token_cache.remove_stale(lake, temporary=True)
     return _rows_taken(transaction)
 
 

@@ -33,7 +33,7 @@ __all__ = ["DataFile", "Lake", "Range", "Snapshot", "Transaction", "connect", "o
 VIEWS_FILE: Final = "views.sql"
 TENSORBOARD_FOLDER: Final = "tensorboard"
 # Names that only a lake gives to files: it never deletes others, for somebody may keep theirs in its folder.
-_DATA_FILE: Final = r"[a-z_]+/(.+/)?[0-9a-f]{16}\.[a-z]+"
+_DATA_FILE: Final = r"[a-z][a-z_]*/(.+/)?[0-9a-f]{16}\.[a-z]+"
 _TEMPORARY: Final = r"(.+/)?\.tmp-[0-9a-f]{32}"
 _CHECKPOINT: Final = re.compile(r"_log/\d{20}\.checkpoint\.json")
 _OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}|{_CHECKPOINT.pattern}")
@@ -362,6 +362,9 @@ def open_tables(
         sizes = {lake.absolute(file): file.bytes for file in snapshot.files.values()}
         connection.register_filesystem(LakeFiles(sizes))
     connection.execute(views.statements(lake.path, snapshot.files.values(), snapshot.properties, bounds))
+    from sae.jobs import token_sql  # which is made of lakes
+
+    token_sql.use_arrays(connection, lake, snapshot)
     return connection
 
 

@@ -16,7 +16,7 @@ import duckdb
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sae.jobs import by_token, formats
+from sae.jobs import by_token, formats, token_cache
 from sae.jobs.lake import DataFile, Lake, Range, Snapshot, connect, write_views
 from sae.jobs.progress import say
 from sae.jobs.ranges import size, united
@@ -302,7 +302,7 @@ def gc(given: Namespace) -> None:
     if not 0 <= given.older_than < math.inf:
         raise ConfigError(f"--older-than: got {given.older_than}; expected hours, 0 or more")
     lake = Lake(given.lake)
-    removed = lake.collect_garbage(given.older_than * 3600)
+    removed = lake.collect_garbage(given.older_than * 3600) + token_cache.remove_stale(lake)
     for path in removed:
         print(path)
     say(f"gc: {len(removed)} files removed")

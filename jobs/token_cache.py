@@ -9,6 +9,7 @@ user's cache folder where that cannot be written to or is an object store.
 import contextlib
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,6 +25,9 @@ from sae.schemas.tables import CORPUS_SHIFT
 Array = npt.NDArray[Any]
 
 _CACHE: Final = "_cache"
+_PARTS: Final = ("token_ids", "offsets", "doc_id")
+# Others may keep theirs in these folders.
+_ARRAY: Final = re.compile(rf"(?P<corpus>[^/]+)/({'|'.join(_PARTS)})/(?P<name>[0-9a-f]{{16}})\.npy")
 _BATCH_CONTEXTS: Final = 65_536
 _MOST_IN_16_BITS: Final = 2**16
 
@@ -45,16 +49,28 @@ class Tokens:
         start, stop = self.offsets[ordinal], self.offsets[ordinal + 1]
         return self.token_ids[start:stop].tolist(), int(self.doc_id[ordinal])
 
+    def of_each(self, context_id: Array) -> tuple[Array, Array, Array]:
+        """Token ids [t] of contexts [m] in a row, where each begins and the last ends [m + 1]; documents [m].
+
+        A context that the corpus does not have is empty.
+        """
+        ordinal = context_id - self.first_context
+        known = (ordinal >= 0) & (ordinal < len(self.doc_id))
+        ordinal = np.where(known, ordinal, 0)
+        start = self.offsets[ordinal]
+        lengths = np.where(known, self.offsets[ordinal + 1] - start, 0)
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        rows = np.repeat(start - ends[:-1], lengths) + np.arange(ends[-1])
+        return self.token_ids[rows], ends, self.doc_id[ordinal]
+
 
 def open_tokens(lake: Lake, snapshot: Snapshot, corpus: str) -> Tokens:
     """The arrays of a corpus as the snapshot has it, made first where they are not there."""
-    files = sorted(snapshot.select("contexts", corpus=corpus), key=_first_context)
-    first = snapshot.properties[f"corpus/{corpus}"]["number"] << CORPUS_SHIFT
-    name = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:16]
-    folders = _folders(lake, corpus)
-    for folder in folders:
-        if found := _mapped(folder, name, first):
-            return found
+    if found := find_tokens(lake, snapshot, corpus):
+        return found
+    name, folders = _name(snapshot, corpus), _folders(lake, corpus)
+    files = _files(snapshot, corpus)
+    first = _first(snapshot, corpus)
     largest = sum(file.rows for file in snapshot.select("vocabulary", corpus=corpus)) - 1
     kind = np.uint16 if largest < _MOST_IN_16_BITS else np.uint32
     for folder in folders:
@@ -71,19 +87,67 @@ def open_tokens(lake: Lake, snapshot: Snapshot, corpus: str) -> Tokens:
     return made
 
 
+def find_tokens(lake: Lake, snapshot: Snapshot, corpus: str) -> Tokens | None:
+    """The arrays of a corpus as the snapshot has it, where they are there."""
+    name = _name(snapshot, corpus)
+    found = (_mapped(folder, name, _first(snapshot, corpus)) for folder in _folders(lake, corpus))
+    return next(filter(None, found), None)
+
+
+def remove_stale(lake: Lake, *, temporary: bool = False) -> list[str]:
+    """Deletes arrays that were not made of the newest version's contexts; returns their paths.
+
+    With `temporary` also what writers that were killed have left, or live ones are about to finish.
+    """
+    snapshot = lake.snapshot()
+    stale = [
+        storage.join(root, path)
+        for root in _roots(lake)
+        for path in storage.list_files(root)
+        if (array := _ARRAY.fullmatch(path)) and array["name"] != _name(snapshot, array["corpus"])
+    ]
+    if temporary:
+        stale += [
+            storage.join(root, path) for root in _roots(lake) for path in storage.list_files(root, temporary=True)
+        ]
+    for path in stale:
+        storage.remove(path)
+    return stale
+
+
+def _files(snapshot: Snapshot, corpus: str) -> list[DataFile]:
+    return sorted(snapshot.select("contexts", corpus=corpus), key=_first_context)
+
+
+def _name(snapshot: Snapshot, corpus: str) -> str:
+    """Of the arrays that are made of the corpus as the snapshot has it; no other has it."""
+    return hashlib.sha256("".join(file.sha256 for file in _files(snapshot, corpus)).encode()).hexdigest()[:16]
+
+
+def _first(snapshot: Snapshot, corpus: str) -> int:
+    """The first context_id that the corpus can have."""
+    first: int = snapshot.properties[f"corpus/{corpus}"]["number"] << CORPUS_SHIFT
+    return first
+
+
 def _first_context(file: DataFile) -> int:
     return file.contexts[0] if file.contexts else 0
 
 
-def _folders(lake: Lake, corpus: str) -> list[str]:
+def _roots(lake: Lake) -> list[str]:
+    """Where arrays can be, the better place first."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     of_lake = hashlib.sha256(lake.path.encode()).hexdigest()[:16]
-    of_user = storage.join(cache, "sae", of_lake, corpus)
-    return [lake.absolute(f"{_CACHE}/{corpus}"), of_user] if storage.is_local(lake.path) else [of_user]
+    of_user = storage.join(cache, "sae", of_lake)
+    return [lake.absolute(_CACHE), of_user] if storage.is_local(lake.path) else [of_user]
+
+
+def _folders(lake: Lake, corpus: str) -> list[str]:
+    return [storage.join(root, corpus) for root in _roots(lake)]
 
 
 def _paths(folder: str, name: str) -> dict[str, str]:
-    return {part: storage.join(folder, part, f"{name}.npy") for part in ("token_ids", "offsets", "doc_id")}
+    return {part: storage.join(folder, part, f"{name}.npy") for part in _PARTS}
 
 
 def _mapped(folder: str, name: str, first: int) -> Tokens | None:

@@ -117,6 +117,7 @@ def statements(root: str, files: Iterable[File], properties: Mapping[str, Any], 
     views.append(_values_view("runs", _RUNS, _runs(by_table["moments"])))
     views.append(_values_view("autoencoders", _AUTOENCODERS, _autoencoders(properties)))
     views.append(_values_view("corpora", _CORPORA, _properties(properties, "corpus")))
+    views.append(query("example_contexts"))
     return "\n".join([*views, *_macros()])
 
 

@@ -124,7 +124,7 @@ class Compact(_Section):
     file_rows: Count = Field(50_000_000, description="rows aimed at in one file of an atom range")
     memory_mb: Annotated[int, Field(ge=100)] = Field(800, description="memory of a task; each processor runs one")
     by_token: bool = Field(
-        False, description="also keep a copy of every run in the order of tokens, for questions about documents"
+        False, description="also keep a copy of every run in the order of tokens, and the tokens as arrays"
     )
 
 

@@ -1,17 +1,13 @@
 -- one row per example of one atom; kind_ is 'top' or 'random'; the text marks the activating token as [[token]]
 create or replace macro atom_examples(autoencoder_, atom_, kind_) as table
-    with chosen as (
-        select rank, context_id, pos, act
-        from examples
-        where autoencoder = autoencoder_ and atom = atom_ and kind = kind_
-    ),
     -- materialized: without it DuckDB 2.0.0 fails on the next join ("dict-surviving join ... not single-source")
-    positions as materialized (
+    with positions as materialized (
         select
-            chosen.rank, chosen.context_id, chosen.pos, chosen.act, contexts.corpus, contexts.doc_id,
+            rank, context_id, pos, act, corpus, doc_id,
             unnest(token_ids) as token_id,
             unnest(range(len(token_ids))) as token_pos
-        from chosen join contexts using (context_id)
+        from example_contexts
+        where autoencoder = autoencoder_ and atom = atom_ and kind = kind_
     )
     select
         rank,
