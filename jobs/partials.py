@@ -14,7 +14,7 @@ from sae.schemas.tables import ATOMS, EXAMPLES
 from sae.statistics import Columns
 
 _ATOMS_AT_ONCE: Final = 1 << 18
-_ROWS_AT_ONCE: Final = 1 << 20
+_ROWS_AT_ONCE: Final = 1 << 18
 _RANKED: Final = ("atom", "context_id", "pos", "act")
 
 
@@ -47,11 +47,23 @@ def examples(
     ]
     at_once = _ROWS_AT_ONCE // (n * max(1, len(top) + len(before)))
     for numbers in _parts(n_latents, max(1, at_once)):
-        found = [
-            _with_rank(kind, merged(_together([file.up_to(numbers[-1]) for file in files])))
-            for kind, files, merged in kinds
-        ]
-        yield pa.concat_tables(found).sort_by([(key, "ascending") for key in ("atom", "kind", "rank")])
+        parts = [merged(_together([file.up_to(numbers[-1]) for file in files])) for _, files, merged in kinds]
+        yield _interleaved([kind for kind, _, _ in kinds], parts)
+
+
+def _interleaved(kinds: Sequence[str], parts: Sequence[Columns]) -> pa.Table:
+    """The rows of all kinds, each by atom and rank, in order of (atom, kind, rank)."""
+    columns = {**_together(parts), "rank": np.concatenate([_ranks(rows["atom"]) for rows in parts])}
+    order = np.argsort(columns["atom"], kind="stable")
+    kind = pa.chunked_array([pa.repeat(kind, len(rows["atom"])) for kind, rows in zip(kinds, parts, strict=True)])
+    table = pa.table({name: column[order] for name, column in columns.items()})
+    return table.append_column("kind", kind.take(pa.array(order))).select(EXAMPLES.names).cast(EXAMPLES)
+
+
+def _ranks(atom: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Of rows that are ordered by atom and rank."""
+    starts = np.flatnonzero(np.diff(atom, prepend=-1))
+    return np.arange(len(atom)) - np.repeat(starts, np.diff(np.append(starts, len(atom))))
 
 
 def _parts(n_latents: int, at_once: int) -> Iterator[range]:
@@ -65,15 +77,6 @@ def _ranked(lake: Lake, partials: Sequence[DataFile], before: Sequence[DataFile]
 
 def _together(parts: Sequence[Columns]) -> Columns:
     return {name: np.concatenate([part[name] for part in parts]) for name in _RANKED}
-
-
-def _with_rank(kind: str, rows: Columns) -> pa.Table:
-    """Rows that are ordered by atom and rank."""
-    atom = rows["atom"]
-    starts = np.flatnonzero(np.diff(atom, prepend=-1))
-    rank = np.arange(len(atom)) - np.repeat(starts, np.diff(np.append(starts, len(atom))))
-    columns = {**rows, "kind": np.full(len(atom), kind), "rank": rank}
-    return pa.table(columns).select(EXAMPLES.names).cast(EXAMPLES)
 
 
 class _Rows:

@@ -224,8 +224,14 @@ class SortedRun:
 
 def merged_top(rows: Columns, n: int) -> Columns:
     """SortedRun.top of all runs, ranked, from that of each: any number of rows in any order."""
-    falling = (ACT_CODES - 1 - _code(rows["act"])).astype(np.uint64) << np.uint64(65 - ACT_CODES.bit_length())
-    return _taken(rows, _first(n, rows["atom"], falling, rows["context_id"]))
+    falling = (ACT_CODES - 1 - _code(rows["act"])).astype(np.uint64)
+    below = 65 - ACT_CODES.bit_length()
+    # The contexts' first bits beside it, so that few rows have equal keys.
+    context = rows["context_id"] - int(rows["context_id"].min(initial=np.iinfo(np.int64).max))
+    spare = below - int(context.max(initial=0)).bit_length()
+    context = context << spare if spare >= 0 else context >> -spare
+    key = (falling << np.uint64(below)) | context.astype(np.uint64)
+    return _taken(rows, _first(n, rows["atom"], key, rows["context_id"]))
 
 
 def merged_samples(rows: Columns, n: int, seed: int) -> Columns:
@@ -290,8 +296,8 @@ def _order(atom: Array, key: Array, *ties: Array) -> Array:
     keys.sort()
     known, row = np.divmod(keys, 1 << len(atom).bit_length())
     # Where the first bits of two keys are equal, the rest decides.
-    same = np.flatnonzero(known[1:] == known[:-1])
-    tied = np.unique(np.concatenate([same, same + 1]))
+    same = np.append(False, known[1:] == known[:-1])
+    tied = np.flatnonzero(same | np.append(same[1:], False))
     deciding = (column[row[tied]] for column in (*reversed(ties), key))
     row[tied] = row[tied][np.lexsort((*deciding, known[tied]))]
     return row
