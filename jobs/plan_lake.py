@@ -36,6 +36,7 @@ def report_of(config: Run, subject: Mapping[str, int], hosts: Hosts, tokens: int
         "tokens": sizes.tokens,
         "cores": hosts.cores,
         "gpus": hosts.gpus,
+        "subject_counted": subject["subject_flops"] > 0,
         "steps": found,
     }
 

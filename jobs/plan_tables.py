@@ -146,7 +146,11 @@ def _taken(of: Mapping[str, Any]) -> Titled:
             *([_known(done, 1)] if really else []),
         )
     gpus = f", encoding on GPUs: {of['gpus']}" if of["gpus"] else ", without a GPU"
-    return f"what they take, on {of['cores']} cores{gpus}; an estimate from what was measured by 2026-11-24", table
+    lacking = "" if of["subject_counted"] else "; subject model not counted"
+    return (
+        f"what they take, on {of['cores']} cores{gpus}{lacking}; an estimate from what was measured by 2026-11-24",
+        table,
+    )
 
 
 def _any_really(of: Mapping[str, Any]) -> bool:

@@ -221,6 +221,19 @@ def test_tokens_are_taken_where_the_lake_has_none(lab: Lab, tokenized: Lab, tmp_
     assert planned(tokenized, "--tokens", "10")["tokens"] == planned(tokenized)["tokens"]
 
 
+def test_a_subject_that_is_not_counted_is_told(tokenized: Lab) -> None:
+    told = "; subject model not counted"
+    assert told in sae("plan", tokenized.config, "--d-model", "32").stdout.split("\n\n")[-1]
+    assert told not in sae("plan", tokenized.config).stdout
+
+
+def test_what_was_made_of_latents_that_are_dropped_is_not_told(done: Lab) -> None:
+    assert sae("drop", done.lake, "--latents", NAME).code == 0
+    assert {name for name, each in steps_of(done).items() if each["really"]} == {"tokenize"}
+    done.done("encode")
+    assert {name for name, each in steps_of(done).items() if each["really"]} == {"tokenize", "encode"}
+
+
 def test_each_autoencoder_has_its_steps(tokenized: Lab) -> None:
     two = [{"name": "a", "n_latents": 64, "k": 4}, {"name": "b", "n_latents": 128, "k": 8}]
     config = tokenized.lake.parent / "two.yaml"

@@ -28,7 +28,7 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def stopped(lab: Lab, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     """A lake with the shards in front of the bad row."""
-    monkeypatch.setattr(tokenize, "_SHARD_TOKENS", 100)
+    monkeypatch.setattr(tokenize, "SHARD_TOKENS", 100)
     monkeypatch.setattr(tokenize, "_BATCH_DOCUMENTS", 2)
     there = lab.without_lake(tmp_path / "stopped")
     result = there.sae("tokenize", corpus__paths=[str(file)])
