@@ -405,7 +405,7 @@ def test_a_bare_duckdb_sees_the_same_rows(tmp_path: Path) -> None:
 
 def test_empty_tables_can_be_asked_and_have_their_columns(lake: Lake) -> None:
     connection = connect(lake.path)
-    for table in sorted(views.TABLES - {"latents"}):
+    for table in sorted(views.TABLES - {"latents", "latents_by_token"}):
         answer: Any = connection.execute(f"select * from {table}")
         assert answer.fetchall() == []
         assert {field.name for field in SCHEMAS[table]} <= {column[0] for column in answer.description}
