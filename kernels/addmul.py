@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae.kernels._arguments import FLOATS, received
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
 
@@ -24,15 +25,15 @@ def add_mul(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     a [m, n]; b and c [m, n], or anything that broadcasts to it, such as a row [n] or a column [m, 1]; of any float
     types and strides. Differentiable once with respect to all three.
 
-    Raises ValueError when a is not a matrix or b or c does not broadcast to its shape.
+    Raises ValueError when a is not a matrix, b or c does not broadcast to its shape, or a type is not of floats.
 
     Source: `triton_add_mul_` of the code of Gao et al. 2024, "Scaling and evaluating sparse autoencoders", which
     removes from a gradient its part along the dictionary: add_mul(grad, -dot, weight); out of place here.
     """
-    if a.ndim != 2 or any(not _broadcasts(x.shape, a.shape) for x in (b, c)):
+    floats = all(x.dtype in FLOATS for x in (a, b, c))
+    if a.ndim != 2 or not floats or any(not _broadcasts(x.shape, a.shape) for x in (b, c)):
         raise ValueError(
-            f"add_mul expects a of shape [m, n] and b and c that broadcast to it, "
-            f"received {tuple(a.shape)}, {tuple(b.shape)} and {tuple(c.shape)}"
+            f"add_mul expects floats, a [m, n], and b and c that broadcast to it, received {received(a, b, c)}"
         )
     return cast(Tensor, _AddMul.apply(a, b, c))  # type: ignore[no-untyped-call]
 

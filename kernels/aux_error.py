@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._arguments import expect
 from sae.kernels._rows import MAX_FEATURES, whole_row
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -22,13 +23,9 @@ def aux_error(recons: Tensor, error: Tensor, bias: Tensor) -> tuple[Tensor, Tens
     bias - error (bias [d] is in both and cancels in the difference), and half that quotient's gradient by recons,
     [B, d] in recons' type. A row of power zero counts as zero in both.
 
-    Raises ValueError when the shapes disagree.
+    Raises ValueError when shapes or types disagree.
     """
-    if recons.ndim != 2 or recons.shape != error.shape or bias.shape != recons.shape[1:]:
-        raise ValueError(
-            f"aux_error expects recons and error [B, d] and bias [d], received "
-            f"{[tuple(t.shape) for t in (recons, error, bias)]}"
-        )
+    expect("aux_error", "recons [B, d] float, error [B, d] float, bias [d] float", recons, error, bias)
     recons, error, bias = recons.detach(), error.detach(), bias.detach()
     if use_triton(recons, error, bias) and recons.shape[1] <= MAX_FEATURES:
         return _aux_error_triton(recons.contiguous(), error.contiguous(), bias.contiguous())

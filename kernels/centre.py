@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._arguments import FLOATS, expect
 from sae.kernels._rows import MAX_FEATURES, whole_row
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -31,10 +32,13 @@ def centre(x: Tensor, bias: Tensor, eps: float | None, dtype: torch.dtype) -> Ce
 
     A normalised row has mean zero and is divided by its standard deviation (unbiased) plus eps.
 
-    Raises ValueError when the shapes disagree.
+    Raises ValueError when the shapes disagree, or a type is not of floats.
+
+    Source: `LN` and `pre_bias` of the code of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
-    if x.ndim != 2 or bias.shape != x.shape[1:]:
-        raise ValueError(f"centre expects x [B, d] and bias [d], received {tuple(x.shape)} and {tuple(bias.shape)}")
+    expect("centre", "x [B, d] float, bias [d] float", x, bias)
+    if dtype not in FLOATS:
+        raise ValueError(f"centre expects a dtype of floats, received {dtype}")
     x, bias = x.detach(), bias.detach()
     if use_triton(x, bias, torch.empty(0, dtype=dtype, device=x.device)) and x.shape[1] <= MAX_FEATURES:
         return _centre_triton(x.contiguous(), bias.contiguous(), eps, dtype)

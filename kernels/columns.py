@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae.kernels._arguments import expect
 from sae.kernels._rows import with_rows_in_memory
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -30,20 +31,21 @@ def column_sum(x: Tensor) -> Tensor:
 
     Source: the fp32 sum over dimension 0 of the code of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"column_sum expects floating-point x of shape [B, d], received {x.dtype} {tuple(x.shape)}")
+    expect("column_sum", "x [B, d] float", x)
     return cast(Tensor, _ColumnSum.apply(x))  # type: ignore[no-untyped-call]
 
 
 def weighted_sum(weights: Tensor, x: Tensor) -> Tensor:
     """Return weights @ x as fp32 [d] (fp64 if x is) for weights [B] and x [B, d]; in the way of `column_sum`.
 
-    Not differentiable. Raises ValueError when the shapes disagree.
+    Not differentiable.
+
+    Raises ValueError when shapes or types disagree.
+
+    Source: the gradient that latents pass on to the bias before the encoder, Gao et al. 2024, "Scaling and evaluating
+    sparse autoencoders", section 2.1.
     """
-    if x.ndim != 2 or weights.shape != x.shape[:1]:
-        raise ValueError(
-            f"weighted_sum expects weights [B] and x [B, d], received {tuple(weights.shape)} and {tuple(x.shape)}"
-        )
+    expect("weighted_sum", "weights [B] float, x [B, d] float", weights, x)
     if use_triton(weights, x):
         return _column_sum_triton(x.detach(), weights.detach().contiguous())
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae.kernels._arguments import expect
 from sae.kernels._rows import WIDTHS, add_rows, block_width, with_rows_in_memory
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -29,18 +30,12 @@ def decode(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     values [B, k], indices [B, k] int64 or int32, weight [n, d]; any strides. An index that occurs twice in a row
     counts twice. Differentiable once with respect to values and weight; the gradient of the weight is dense.
 
-    Raises ValueError when the shapes disagree. An index outside [0, n) raises on CPU and gives a row of NaN on
+    Raises ValueError when shapes or types disagree. An index outside [0, n) raises on CPU and gives a row of NaN on
     CUDA, where raising would stop the stream.
 
     Source: sparse decoder of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
-    if values.ndim != 2 or values.shape != indices.shape:
-        raise ValueError(
-            f"decode expects values and indices of one shape [B, k], "
-            f"received {tuple(values.shape)} and {tuple(indices.shape)}"
-        )
-    if weight.ndim != 2:
-        raise ValueError(f"decode expects weight of shape [n, d], received {tuple(weight.shape)}")
+    expect("decode", "values [B, k] float, indices [B, k] int, weight [n, d] float", values, indices, weight)
     return cast(Tensor, _Decode.apply(values, indices, weight))  # type: ignore[no-untyped-call]
 
 

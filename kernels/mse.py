@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae.kernels._arguments import expect
 from sae.kernels._rows import with_rows_in_memory
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -26,14 +27,11 @@ def mse(recons: Tensor, x: Tensor) -> Tensor:
     once with respect to both. The order of addition depends on the shape alone: the same input gives the same bits.
     NaN when there is no entry, as torch's mean.
 
-    Raises ValueError when the shapes differ or are not [B, d].
+    Raises ValueError when the shapes differ or are not [B, d], or a type is not of floats.
 
     Source: `mse` of the code of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
-    if recons.ndim != 2 or recons.shape != x.shape:
-        raise ValueError(
-            f"mse expects recons and x of one shape [B, d], received {tuple(recons.shape)} and {tuple(x.shape)}"
-        )
+    expect("mse", "recons [B, d] float, x [B, d] float", recons, x)
     return cast(Tensor, _MSE.apply(recons, x))  # type: ignore[no-untyped-call]
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae.kernels._arguments import expect
+
 
 class LatentIndex(NamedTuple):
     """Entries of [B, k], numbered row by row, in order of (latent, row).
@@ -27,7 +29,13 @@ def latent_index(indices: Tensor, n: int) -> LatentIndex:
     """Sort indices [B, k] in [0, n] by latent; those that are n are of no latent.
 
     Stable, so equal input gives an equal index; no host synchronisation.
+
+    Raises ValueError when indices are not a matrix of int32 or int64.
+
+    Source: transposition of a sparse matrix by sorting, Gustavson 1978, "Two fast algorithms for sparse matrices:
+    multiplication and permuted transposition".
     """
+    expect("latent_index", "indices [B, k] int", indices)
     # Radix sort takes a pass for each byte of the key.
     small = n <= torch.iinfo(torch.int16).max
     latents, entries = indices.flatten().to(torch.int16 if small else torch.int32).sort(stable=True)

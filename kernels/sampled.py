@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._arguments import expect
 from sae.kernels._rows import WIDTHS, block_width, with_rows_in_memory
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -23,20 +24,12 @@ def sampled_matmul(grad: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     grad [B, d], weight [n, d], indices [B, k] int64 or int32; any strides. Accumulated in fp32. Nothing of size
     B*n or B*k*d is made. Not differentiable.
 
-    Raises ValueError when the shapes disagree. An index outside [0, n) raises on CPU and gives NaN on CUDA,
+    Raises ValueError when shapes or types disagree. An index outside [0, n) raises on CPU and gives NaN on CUDA,
     where raising would stop the stream.
 
     Source: value gradient of the sparse decoder of Gao et al. 2024, "Scaling and evaluating sparse autoencoders".
     """
-    if grad.ndim != 2 or weight.ndim != 2 or grad.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"sampled_matmul expects grad [B, d] and weight [n, d], "
-            f"received {tuple(grad.shape)} and {tuple(weight.shape)}"
-        )
-    if indices.ndim != 2 or indices.shape[0] != grad.shape[0]:
-        raise ValueError(
-            f"sampled_matmul expects indices [B, k] with B={grad.shape[0]}, received {tuple(indices.shape)}"
-        )
+    expect("sampled_matmul", "grad [B, d] float, weight [n, d] float, indices [B, k] int", grad, weight, indices)
     grad, weight = grad.detach(), weight.detach()
     if use_triton(grad, weight, indices):
         return _sampled_matmul_triton(grad, weight, indices)
@@ -51,7 +44,7 @@ def _sampled_matmul_torch(grad: Tensor, weight: Tensor, indices: Tensor) -> Tens
     with torch.enable_grad():
         scores = torch.zeros(indices.shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
         bags = F.embedding_bag(indices, weight, per_sample_weights=scores, mode="sum")
-        (product,) = torch.autograd.grad(bags, scores, grad.contiguous())
+        (product,) = torch.autograd.grad(bags, scores, grad.to(weight.dtype).contiguous())
     return product
 
 

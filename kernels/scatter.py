@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sae.kernels._arguments import expect
 from sae.kernels._rows import WIDTHS, add_rows, block_width, with_rows_in_memory
 from sae.kernels.compiled import Compiled
 from sae.kernels.dispatch import use_triton
@@ -30,20 +31,12 @@ def sparse_t_matmul(values: Tensor, indices: Tensor, dense: Tensor, n: int) -> T
     dtype and is accumulated in fp32. Not differentiable. The order of addition depends on indices alone: the same
     input gives the same bits in every run, on CPU with any number of threads.
 
-    Raises ValueError when the shapes disagree or, on CPU, when an index is outside [0, n). On CUDA that check
+    Raises ValueError when shapes or types disagree or, on CPU, when an index is outside [0, n). On CUDA that check
     would wait for the device: such entries are left out.
 
     Source: weight gradients of Gao et al. 2024, "Scaling and evaluating sparse autoencoders", without its atomics.
     """
-    if values.ndim != 2 or values.shape != indices.shape:
-        raise ValueError(
-            f"sparse_t_matmul expects values and indices of one shape [B, k], "
-            f"received {tuple(values.shape)} and {tuple(indices.shape)}"
-        )
-    if dense.ndim != 2 or dense.shape[0] != values.shape[0]:
-        raise ValueError(
-            f"sparse_t_matmul expects dense [B, d] with B={values.shape[0]}, received {tuple(dense.shape)}"
-        )
+    expect("sparse_t_matmul", "values [B, k] float, indices [B, k] int, dense [B, d] float", values, indices, dense)
     _check_range("sparse_t_matmul", "indices", indices, n)
     order, ids, starts = _by_latent(indices, n)
     entries = _Entries(ids, order // max(indices.shape[1], 1), values.detach().flatten()[order], starts)
@@ -56,18 +49,13 @@ def sparse_t_matmul_coo(rows: Tensor, cols: Tensor, values: Tensor, dense: Tenso
     rows [m] in [0, B), cols [m] in [0, n), int64 or int32; values [m]; dense [B, d]; any strides. The entries may
     stand in any order, and those of one place add up. Result, dtype and determinism as of sparse_t_matmul.
 
-    Raises ValueError when the shapes disagree or, on CPU, when an index is out of range. On CUDA that check would
+    Raises ValueError when shapes or types disagree or, on CPU, when an index is out of range. On CUDA that check would
     wait for the device: an entry whose column is out of range is left out, one whose row is gives NaN.
 
     Source: the COO form of Gao et al. 2024, "Scaling and evaluating sparse autoencoders", without its atomics.
     """
-    if not (rows.ndim == 1 and rows.shape == cols.shape == values.shape):
-        raise ValueError(
-            f"sparse_t_matmul_coo expects rows, cols and values of one shape [m], "
-            f"received {tuple(rows.shape)}, {tuple(cols.shape)} and {tuple(values.shape)}"
-        )
-    if dense.ndim != 2:
-        raise ValueError(f"sparse_t_matmul_coo expects dense of shape [B, d], received {tuple(dense.shape)}")
+    form = "rows [m] int, cols [m] int, values [m] float, dense [B, d] float"
+    expect("sparse_t_matmul_coo", form, rows, cols, values, dense)
     _check_range("sparse_t_matmul_coo", "rows", rows, dense.shape[0])
     _check_range("sparse_t_matmul_coo", "cols", cols, n)
     order, ids, starts = _by_latent(cols, n)
