@@ -167,6 +167,17 @@ def test_another_gpu_is_measured_on_work_that_is_worth_it(tmp_path: Path, monkey
     torch.testing.assert_close(found.values[:1000].sort().values, expected.values.sort().values, rtol=2e-2, atol=0)
 
 
+@pytest.mark.gpu
+def test_what_settings_were_tried_on_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setattr(tuning, "_tuner", lambda device: Tuner(TURING, tmp_path, tuning._milliseconds))
+    monkeypatch.setattr(tuning, "MIN_ROWS", 1)
+    before = torch.cuda.memory_allocated()
+    updated(1100, "cuda")
+    assert len(list(tmp_path.iterdir())) == 1
+    assert torch.cuda.memory_allocated() == before
+
+
 def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
