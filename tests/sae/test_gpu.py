@@ -139,6 +139,36 @@ def test_rows_wider_than_the_kernels_take_are_trained_by_the_twins() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
+def test_the_host_does_not_wait_within_a_step() -> None:
+    """Not even where nothing is recorded, once the dead latents are counted ahead."""
+    data = uneven(40 * 1024, seed=7)
+    train = by_kernels(data, graphs=False)
+    *first, second, last = data.cuda().split(1024)
+    dead = [train.step(batch, 3e-4)["dead"] for batch in first]
+    assert dead[-1] > 0
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.step(second, 3e-4)
+        train.step(last, 3e-4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_makes_nothing_of_the_size_of_dense_latents() -> None:
+    rows, n, d = 32768, 65536, 128
+    autoencoder = Autoencoder(n, d, TopK(16)).cuda()
+    train = TrainStep(autoencoder, StepConfig(auxk=64, dead_after_tokens=10 * rows, graphs=False))
+    x = torch.randn(rows, d, device="cuda")
+    train.step(x, 1e-4)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    train.step(x, 1e-4)
+    assert torch.cuda.max_memory_allocated() - before < rows * n  # a quarter of theirs in float32
+
+
 @pytest.mark.parametrize("levels", [2, 1000])
 def test_topk_is_a_stable_sort(levels: int) -> None:
     x = torch.randint(levels, (300, 4096), device="cuda").float()
