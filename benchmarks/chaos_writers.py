@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of three writers that encode, compact, drop, collect garbage and aggregate in one lake.
+"""SIGKILL at random moments of three writers of one lake: they encode, compact, drop, collect garbage, aggregate, copy.
 
 Nothing that was acknowledged may be lost or done twice, no reader may see a part of a commit, and in the end the tables
 are those of the rows that are left, computed anew, with no file in the folder that is not theirs. The writers call what
@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sae.jobs import aggregate, compact, drop, encode, formats, ranges
+from sae.jobs import aggregate, by_token, compact, drop, encode, formats, ranges
 from sae.jobs.lake import Lake, connect
 from sae.jobs.runs import Plan, drop_mark, dropped_contexts, outstanding, unit
 from sae.schemas.errors import ConflictError, LakeError
@@ -40,7 +40,7 @@ PLAN = Plan(0, N_RUNS * CONTEXTS, CONTEXTS)
 ENCODING: Final[dict[str, Any]] = {
     "checkpoint": "c", "seed": 1, "run_tokens": CONTEXTS * WIDTH, "bin_width": 0.2, "examples": 10,
 }  # fmt: skip
-OPERATIONS = ("encode", "compact", "drop", "gc", "aggregate")
+OPERATIONS = ("encode", "compact", "drop", "gc", "aggregate", "by_token")
 # Longer than any operation and any reader takes; what is older and unused is deleted in their midst.
 GARBAGE_AGE_S = 10.0
 # What one writer may tell another that came first.
@@ -181,7 +181,14 @@ def merge(lake: Lake, draw: random.Random) -> Iterator[object]:
         aggregate.merge(lake, NAME)
 
 
-WORK: Final = dict(zip(OPERATIONS, (encode_one, compact_some, drop_one, collect, merge), strict=True))
+def copy_by_token(lake: Lake, draw: random.Random) -> Iterator[object]:
+    missing = by_token.missing(lake.snapshot(), NAME)
+    if missing:
+        yield len(missing)
+        by_token.refresh(lake, NAME, draw.choice([20_000, 200_000]))
+
+
+WORK: Final = dict(zip(OPERATIONS, (encode_one, compact_some, drop_one, collect, merge, copy_by_token), strict=True))
 
 
 def write(path: str, notes: Notes, seed: int, now: Any, stop: Any) -> None:
@@ -189,7 +196,7 @@ def write(path: str, notes: Notes, seed: int, now: Any, stop: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     draw, lake, number = random.Random(seed), Lake(path), 0
     while not stop.is_set():
-        kind = draw.choices(range(len(OPERATIONS)), (6, 3, 2, 1, 1))[0]
+        kind = draw.choices(range(len(OPERATIONS)), (6, 3, 2, 1, 1, 2))[0]
         name, number = OPERATIONS[kind], number + 1
         work = WORK[name](lake, draw)
         what = next(work, None)
@@ -236,6 +243,9 @@ def seen(snapshot: Any, connection: Any) -> Iterator[str]:
     (n_active,) = one("select coalesce(sum(n_active), 0) from moments")
     if not rows == distinct == n_active == sum(file.rows for file in snapshot.select("latents")):
         yield f"{rows} rows, {distinct} of them distinct, {n_active} counted"
+    copied, distinct = one("select count(*), count(distinct (atom, context_id, pos)) from latents_by_token")
+    if not copied == distinct == rows:
+        yield f"{copied} rows by token, {distinct} of them distinct, of {rows}"
     n_runs, n_distinct = one("select count(*), count(distinct run) from runs")
     units = sum(each.startswith("encode/") for each in snapshot.units)
     if not n_runs == n_distinct == len(moments) == units:
@@ -352,7 +362,8 @@ def wrong_answers(lake: Lake) -> Iterator[str]:
     left = {run: ranges.without(PLAN.bounds(run), gone) for run in encoded}
     expected = {run: encode.run_tables(drawn(run, left[run]), ENCODING) for run in encoded}
     connection = connect(lake.path)
-    for table in ("latents", "moments", "histograms", "top", "samples"):
+    for shown in ("latents", "latents_by_token", "moments", "histograms", "top", "samples"):
+        table = "latents" if shown == "latents_by_token" else shown
         columns = SCHEMAS[table].names
         wanted = [
             row
@@ -365,8 +376,8 @@ def wrong_answers(lake: Lake) -> Iterator[str]:
                 strict=True,
             )
         ]
-        if sorted(connection.sql(f"select {', '.join(columns)} from {table}").fetchall()) != sorted(wanted):
-            yield f"{table}: not those of the runs, computed anew"
+        if sorted(connection.sql(f"select {', '.join(columns)} from {shown}").fetchall()) != sorted(wanted):
+            yield f"{shown}: not those of the runs, computed anew"
     act = np.concatenate([np.empty(0), *(tables["latents"]["act"] for tables in expected.values())]).astype(float)
     atom = np.concatenate([np.empty(0, int), *(tables["latents"]["atom"] for tables in expected.values())])
     n_tokens = sum(ranges.size(each) for each in left.values()) * WIDTH
