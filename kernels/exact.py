@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae.kernels._arguments import expect, expect_k, received
 from sae.kernels.dispatch import use_triton
 from sae.kernels.encode import encode_topk
 from sae.kernels.sampled import sampled_matmul
@@ -40,14 +41,16 @@ def encode_exact(x: Tensor, weight: Tensor, bias: Tensor, k: int, rounded: Tenso
     result does not depend on the other rows, and the host waits once, or twice where rows are selected again. rounded
     is `round_encoder(weight)`, where that is at hand. Not differentiable.
 
-    Raises ValueError when shapes disagree, or k is not between 1 and n.
+    Raises ValueError when shapes or types disagree, or k is not between 1 and n.
+
+    Source: the bound is the triangle and the Cauchy-Schwarz inequality; the autoencoder is that of Gao et al. 2024,
+    "Scaling and evaluating sparse autoencoders", section 2.3.
     """
-    (n, d), wanted = weight.shape, _width(weight.shape[1])
-    if x.ndim != 2 or x.shape[1] != d or bias.shape != (n,) or not 1 <= k <= n:
-        raise ValueError(
-            f"encode_exact expects x [B, d], weight [n, d], bias [n] and 1 <= k <= n, received "
-            f"{[tuple(t.shape) for t in (x, weight, bias)]} and k={k}"
-        )
+    expect("encode_exact", "x [B, d] float, weight [n, d] float, bias [n] float", x, weight, bias)
+    if not x.dtype == weight.dtype == bias.dtype:
+        raise ValueError(f"encode_exact expects x, weight and bias of one type, received {received(x, weight, bias)}")
+    n, wanted = len(weight), _width(weight.shape[1])
+    expect_k("encode_exact", k, n)
     if rounded is not None and rounded.shape != (n, wanted):
         raise ValueError(f"encode_exact expects rounded [{n}, {wanted}], received {tuple(rounded.shape)}")
     x, weight, bias = x.detach(), weight.detach(), bias.detach()

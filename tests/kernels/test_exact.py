@@ -175,8 +175,12 @@ def test_disagreeing_arguments_are_named() -> None:
     x, weight, bias = problem(4, 16, 50, CPU)
     with pytest.raises(ValueError, match="k=51"):
         exact.encode_exact(x, weight, bias, 51)
-    with pytest.raises(ValueError, match=r"\(4, 15\), \(50, 16\)"):
+    with pytest.raises(ValueError, match=r"\(4, 15\) float32, \(50, 16\) float32 and"):
         exact.encode_exact(x[:, 1:], weight, bias, 5)
+    with pytest.raises(ValueError, match=r"weight \[n, d\] float, .* received \(4, 16\) float32, \(50,\) float32 and"):
+        exact.encode_exact(x, bias, bias, 5)
+    with pytest.raises(ValueError, match=r"of one type, received \(4, 16\) float64, \(50, 16\) float32 and"):
+        exact.encode_exact(x.double(), weight, bias, 5)
     with pytest.raises(ValueError, match=r"rounded \[50, 24\], received \(50, 16\)"):
         exact.encode_exact(x, weight, bias, 5, weight)
 
