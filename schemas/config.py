@@ -116,7 +116,8 @@ class Encode(_Section):
         "average", description="of evaluate too: the weights' moving average, or what they were after the last step"
     )
     checkpoint: Literal["last", "best"] = Field(
-        "last", description="of evaluate too: the last one, or of those that are kept the one with the least held-out FVU"
+        "last",
+        description="of evaluate too: the last one, or of those that are kept the one with the least held-out FVU",
     )
 
 
