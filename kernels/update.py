@@ -369,7 +369,11 @@ def _sum_entries(
     encoder, decoder, start, end, entries_ptr, values_ptr, grads_ptr, error_ptr, centred_ptr, d, k, feature,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add the entries start..end to both sums [BLOCK]."""
+    """Add the entries start..end to both sums [TILE, BLOCK].
+
+    They are added over TILE at the end: lanes of a warp that hold the same sum would else disagree in its last bit
+    where the compiler fuses a product into it.
+    """
     slot = tl.arange(0, TILE)
     for first in range(start, end, TILE):
         given = first + slot < end
@@ -380,8 +384,8 @@ def _sum_entries(
         wanted = given[:, None] & (feature < d)[None, :]
         error = tl.load(error_ptr + at, mask=wanted, other=0.0).to(tl.float32)
         centred = tl.load(centred_ptr + at, mask=wanted, other=0.0).to(tl.float32)
-        decoder += tl.sum(value[:, None] * error, axis=0)
-        encoder += tl.sum(grad[:, None] * centred, axis=0)
+        decoder += value[:, None] * error
+        encoder += grad[:, None] * centred
     return encoder, decoder
 
 
@@ -396,13 +400,13 @@ def _chunks_kernel(
     latent = tl.load(latents_ptr + start)
     if (latent == tl.load(latents_ptr + start + CHUNK - 1)) & (latent < n):
         feature = tl.arange(0, BLOCK)
-        zero = tl.zeros([BLOCK], tl.float32)
+        zero = tl.zeros([TILE, BLOCK], tl.float32)
         encoder, decoder = _sum_entries(
             zero, zero, start, start + CHUNK, entries_ptr, values_ptr, grads_ptr, error_ptr, centred_ptr, d, k,
             feature, TILE,
         )  # fmt: skip
-        tl.store(encoder_ptr + chunk * d + feature, encoder, mask=feature < d)
-        tl.store(decoder_ptr + chunk * d + feature, decoder, mask=feature < d)
+        tl.store(encoder_ptr + chunk * d + feature, tl.sum(encoder, axis=0), mask=feature < d)
+        tl.store(decoder_ptr + chunk * d + feature, tl.sum(decoder, axis=0), mask=feature < d)
         entry = tl.load(entries_ptr + start + tl.arange(0, CHUNK))
         tl.store(bias_ptr + chunk, tl.sum(tl.load(grads_ptr + entry).to(tl.float32), axis=0))
 
@@ -492,8 +496,8 @@ def _update_kernel(
     one = tl.full([], 1, tl.int1)
     if GATHER:
         start, head, first, last, tail, end = _segment(starts_ptr, latent, CHUNK)
-        encoder = tl.zeros([BLOCK], tl.float32)
-        decoder = tl.zeros([BLOCK], tl.float32)
+        encoder = tl.zeros([TILE, BLOCK], tl.float32)
+        decoder = tl.zeros([TILE, BLOCK], tl.float32)
         encoder, decoder = _sum_entries(
             encoder, decoder, start, head, entries_ptr, values_ptr, value_grads_ptr, error_ptr, centred_ptr, d, k,
             feature, TILE,
@@ -502,14 +506,14 @@ def _update_kernel(
         for chunk in range(first, last, TILE):
             wanted = (chunk + slot < last)[:, None] & inside[None, :]
             where = (chunk + slot)[:, None] * d + feature[None, :]
-            encoder += tl.sum(tl.load(chunk_encoder_ptr + where, mask=wanted, other=0.0), axis=0)
-            decoder += tl.sum(tl.load(chunk_decoder_ptr + where, mask=wanted, other=0.0), axis=0)
+            encoder += tl.load(chunk_encoder_ptr + where, mask=wanted, other=0.0)
+            decoder += tl.load(chunk_decoder_ptr + where, mask=wanted, other=0.0)
         encoder, decoder = _sum_entries(
             encoder, decoder, tail, end, entries_ptr, values_ptr, value_grads_ptr, error_ptr, centred_ptr, d, k,
             feature, TILE,
         )  # fmt: skip
-        encoder *= scale
-        decoder *= scale
+        encoder = tl.sum(encoder, axis=0) * scale
+        decoder = tl.sum(decoder, axis=0) * scale
         bias = tl.load(bias_sum_ptr + latent) * scale
         if DEAD:
             place = tl.load(place_ptr + latent).to(tl.int64)

@@ -88,23 +88,35 @@ LANES = """
 import re
 import triton
 from triton.backends.compiler import GPUTarget
-from sae.kernels import reconstruct, tuning
+from sae.kernels import reconstruct, tuning, update
 from sae.kernels.compiled import Compiled
 
-types = "*fp32, *i32, *fp32, *fp32, *fp32, *fp32, *fp32, *fp32, i32, i32, i32"
+RECONSTRUCT = "*fp32, *i32, *fp32, *fp32, *fp32, *fp32, *fp32, *fp32, i32, i32, i32"
+
+def reconstructs():
+    for d, k in ((1, 1), (13, 4), (17, 5), (33, 37)):
+        for settings, _ in tuning.variants("reconstruct"):
+            tile, block, warps = reconstruct._shape(d, k, settings)
+            constexprs = {"ADD": True, "COMPARE": True, "TILE": tile, "BLOCK": block}
+            yield Compiled(reconstruct._reconstruct_kernel, RECONSTRUCT, constexprs, num_warps=warps)
+
+def updates():
+    for d in (17, 64, 300, 1031):
+        for settings, capabilities in tuning.variants(update.update_op(d)):
+            # Of the update the variant that stores gradients; a sum that others project with goes no further.
+            yield from update._compiled("bf16", d, settings, capabilities)[:4:3]
+
 seen = 0
-for d, k in ((1, 1), (13, 4), (17, 5), (33, 37)):
-    for settings, _ in tuning.variants("reconstruct"):
-        tile, block, warps = reconstruct._shape(d, k, settings)
-        constexprs = {"ADD": True, "COMPARE": True, "TILE": tile, "BLOCK": block}
-        source = Compiled(reconstruct._reconstruct_kernel, types, constexprs).source()
-        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["llir"]
-        products = set(re.findall(r"(%\\d+) = fmul ", built))
-        shuffled = set(re.findall(r"(%\\d+) = tail call i32 @llvm.nvvm.shfl", built))
-        as_float = {f for f, i in re.findall(r"(%\\d+) = bitcast i32 (%\\d+) to float", built) if i in shuffled}
-        seen += len(as_float)
-        for pair in re.findall(r"fadd (?:contract )?float (%\\d+), (%\\d+)", built):
-            assert not (products & set(pair) and as_float & set(pair)), (d, k, settings, pair)
+for variant in [*reconstructs(), *updates()]:
+    target = GPUTarget("cuda", variant.capabilities[-1], 32)
+    built = triton.compile(variant.source(), target=target, options={"num_warps": variant.num_warps}).asm["llir"]
+    products = set(re.findall(r"(%\\d+) = fmul ", built))
+    shuffled = set(re.findall(r"(%\\d+) = tail call i32 @llvm.nvvm.shfl", built))
+    as_float = {f for f, i in re.findall(r"(%\\d+) = bitcast i32 (%\\d+) to float", built) if i in shuffled}
+    seen += len(as_float)
+    for pair in re.findall(r"fadd (?:contract )?float (%\\d+), (%\\d+)", built):
+        fused = products & set(pair) and as_float & set(pair)
+        assert not fused, (variant.kernel.__name__, dict(variant.constexprs), variant.num_warps, pair)
 assert seen
 """
 
