@@ -80,6 +80,8 @@ def _start(address: str) -> None:
     try:
         with _native_notes_hidden():
             if address == "local":
+                # Ray would keep what each task went through, tens of megabytes an hour that nobody can look at.
+                os.environ.setdefault("RAY_task_events_report_interval_ms", "0")
                 ray.init(
                     address="local",
                     num_cpus=cpu_count(),

@@ -16,17 +16,12 @@ import torch
 import torch.distributed as dist
 from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util import get_node_ip_address
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from sae.jobs import cluster, progress
+from sae.jobs import cluster, placement
 from sae.mesh import Mesh
 from sae.schemas.config import Run
-from sae.schemas.errors import ConfigError, SaeError, WorkerError
+from sae.schemas.errors import ConfigError, SaeError
 
-_PLACED_WITHIN_S: Final = 30.0
-_AGAIN_WITHIN_S: Final = 1800.0
-_SAY_EVERY_S: Final = 60.0
 _OTHERS_TELL_WITHIN_S: Final = 3.0
 # How far ranks may be apart; one that is dead is noticed otherwise, and at once.
 _APART: Final = timedelta(minutes=30)
@@ -93,31 +88,30 @@ def joined(config: Run, rank: int, size: int, address: str) -> Iterator[Mesh]:
 
 
 @contextmanager
-def placed(config: Run, worker: type, *, again: bool = False) -> Iterator[list[Any]]:
-    """Actors `worker(config, rank, n_ranks)` for all ranks, which end with the block.
+def placed(config: Run, worker: type, *given: Any, again: bool = False) -> Iterator[list[Any]]:
+    """Actors `worker(config, rank, n_ranks, *given)` for all ranks, which end with the block.
 
     If they are placed `again`, nodes that were lost may come back: there is more time for it.
     """
     size = n_ranks(config)
-    if not again:
-        check_gpus(config)
     options = cluster.worker_options(config, size)
-    group = _group(config, options, again) if size > 1 else None
     actors: list[Any] = []
-    try:
-        for rank in range(size):
-            where: dict[str, Any] = {}
-            if group is not None:
-                bundle = rank * group.bundle_count // size
-                where["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, bundle)
-            made: Any = ray.remote(worker).options(max_concurrency=2, **options, **where)
-            actors.append(made.remote(config, rank, size))
-        yield actors
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        if group is not None:
-            remove_placement_group(group)
+    with placement.reserved(config, options, again=again) as places:
+        try:
+            for rank, place in enumerate(places):
+                made: Any = ray.remote(worker).options(max_concurrency=2, scheduling_strategy=place, **options)
+                actors.append(made.remote(config, rank, size, *given))
+            yield actors
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def on_gpus(config: Run) -> Run:
+    """The config of ranks that replace lost ones: where there are GPUs now, each then waits for one of its own too."""
+    if config.cluster.gpus_per_worker is not None or not ray.cluster_resources().get("GPU"):
+        return config
+    return config.model_copy(update={"cluster": config.cluster.model_copy(update={"gpus_per_worker": 1.0})})
 
 
 def check_gpus(config: Run) -> None:
@@ -131,44 +125,6 @@ def check_gpus(config: Run) -> None:
             f"cluster.tp {config.cluster.tp} times cluster.dp {config.cluster.dp} is {size} ranks, each on a GPU of "
             f"its own, but there are {known}; lower them, or set cluster.gpus_per_worker: 1 to wait for more"
         )
-
-
-def _group(config: Run, options: dict[str, Any], again: bool) -> PlacementGroup:
-    """Room for all ranks: those of a tp group on one node, where a node is large enough."""
-    tp, dp = config.cluster.tp, config.cluster.dp
-    one = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0)}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    together = any(all(node.get(kind, 0) >= tp * amount for kind, amount in one.items()) for node in nodes)
-    if config.cluster.gpus_per_worker and not any(node.get("GPU") for node in nodes):
-        together = True  # nodes with GPUs are still to come
-    each, bundles = (tp, dp) if together else (1, tp * dp)
-    group: PlacementGroup = placement_group(
-        [{kind: each * amount for kind, amount in one.items() if amount}] * bundles, "PACK"
-    )
-    try:
-        _wait(group, config, _AGAIN_WITHIN_S if again else _PLACED_WITHIN_S)
-    except BaseException:
-        remove_placement_group(group)
-        raise
-    return group
-
-
-def _wait(group: PlacementGroup, config: Run, within: float) -> None:
-    """Raises WorkerError where there is no room in time; there is no end to it where workers are asked for."""
-    began = time.monotonic()
-    wanted = f"{n_ranks(config)} workers (cluster.tp times cluster.dp)"
-    while True:
-        try:
-            ray.get(group.ready(), timeout=min(within, _SAY_EVERY_S))
-            return
-        except GetTimeoutError:
-            waited = time.monotonic() - began
-        if waited >= within and config.cluster.gpus_per_worker is None:
-            raise WorkerError(
-                f"cluster: no room for {wanted} within {waited:.0f} s; others use the nodes, or one was lost: wait for "
-                "them, or lower cluster.tp or cluster.dp"
-            )
-        progress.say(f"waiting for room for {wanted}, {waited:.0f} s so far")
 
 
 class Reports:
@@ -209,7 +165,8 @@ class Reports:
         if self._stream is None:
             return
         try:
-            ray.get([actor.stop.remote() for actor in self._actors])
+            reached = max(ray.get([actor.pause.remote() for actor in self._actors]))
+            ray.get([actor.stop.remote(reached + 1) for actor in self._actors])
             for _ in self:
                 pass
         except (Lost, RayError):

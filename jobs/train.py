@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from sae.jobs import cluster, contexts, progress, ranks
+from sae.jobs import claims, cluster, contexts, progress, ranks
 from sae.jobs.lake import Lake, write_views
 from sae.jobs.trainee import held_out_figures, known_state, n_steps
 from sae.jobs.trainer import Trainer
@@ -55,15 +55,21 @@ def _tokens(lake: Lake, several: list[Run]) -> int:
 
 def _trained(config: Run, bar: progress.Bar, lake: Lake) -> None:
     """Trains, anew from the last checkpoint as often as training.max_failures allows without a further one."""
+    ranks.check_gpus(config)
     lost_at: float | None = None
+    replacing = ranks.on_gpus(config)
     failures, reached, allowed = 0, _tokens(lake, config.each()), config.training.max_failures
+    names, claim = [one.autoencoder.name for one in config.each()], 0
     while True:
+        # Larger than that of a start before, too, whose ranks may be slow, and not yet have taken theirs.
+        claim = 1 + max(claim, claims.latest(lake.snapshot(), names))
         try:
-            with ranks.placed(config, Trainer, again=lost_at is not None) as actors:
+            with ranks.placed(config, Trainer, claim, again=lost_at is not None) as actors:
                 _follow(actors, bar, lost_at)
             return
         except ranks.Lost as lost:
             lost_at, reason = lost.at, str(lost)
+            config = replacing
         saved = _tokens(lake, config.each())
         failures, reached = (failures + 1 if saved == reached else 1), saved
         if failures > allowed:

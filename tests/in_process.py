@@ -3,7 +3,8 @@
 import json
 from typing import Any
 
-from sae.jobs import cli, encode, runs
+from sae.jobs import cli, directions, effects, encode, runs
+from sae.jobs.effects import Ablator
 from sae.jobs.encode import Encoder
 from sae.jobs.harvest import Harvester
 from sae.jobs.lake import Lake
@@ -42,3 +43,26 @@ def encoder(lab: Lab, **overrides: Any) -> Encoder:
     name = config.autoencoder.name
     plan, _ = runs.outstanding(lake.snapshot(), "encode", name, config.corpus.name, encoding["run_tokens"])
     return Encoder(config, encoding, plan, 1)
+
+
+def encode_all(lab: Lab, **overrides: Any) -> None:
+    working = encoder(lab, **overrides)
+    for run in range(working._plan.n_runs):
+        working({"run": [run]})
+
+
+def effects_all(lab: Lab, **overrides: Any) -> int:
+    """What `sae effects` does; returns how many units of work were missing."""
+    config = run_of(lab, **overrides)
+    lake, name = Lake(config.lake), config.autoencoder.name
+    source = effects._source(lake.snapshot(), config)
+    effects._begin(lake, name, source)
+    made_from = directions.sources(source, config)
+    for table in directions.stale(lake.snapshot(), name, made_from):
+        directions._make(config, table, made_from[table])
+    missing = effects._missing(lake.snapshot(), config)
+    if missing:
+        ablator = Ablator(config, source, missing, 1)
+        for number in range(len(missing)):
+            ablator({"run": [number]})
+    return len(missing)

@@ -18,7 +18,7 @@ import ray
 import torch
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from sae.jobs import checkpoints, lake, progress, ranks
+from sae.jobs import checkpoints, lake, placement, progress, ranks
 from sae.jobs import train as step_train
 from sae.jobs.lake import Lake
 from sae.jobs.trainer import Trainer
@@ -170,6 +170,18 @@ def test_an_interrupt_saves_what_all_ranks_have(tokenized: Lab, undisturbed: Lab
     assert sorted(steps) == [*range(1, reached // 64 + 11)]
 
 
+def test_ranks_stop_after_the_next_step(tokenized: Lab, tmp_path: Path) -> None:
+    lab = tokenized.copy(tmp_path)
+    config = run_of(lab, cluster__dp=2, training__tokens=FOR_EVER, training__checkpoint_tokens=FOR_EVER)
+    with ranks.placed(config, Trainer) as actors:
+        reports = ranks.Reports(actors)
+        next(reports)
+        reached = max(ray.get([actor.pause.remote() for actor in actors]))
+        reports.stop()
+    assert reached > 0
+    assert state(lab)["tokens"] == (reached + 1) * 64
+
+
 def test_two_interrupts_lose_nothing_that_was_committed(tokenized: Lab, tmp_path: Path) -> None:
     lab = tokenized.copy(tmp_path)
 
@@ -179,7 +191,7 @@ def test_two_interrupts_lose_nothing_that_was_committed(tokenized: Lab, tmp_path
         os.kill(os.getpid(), signal.SIGINT)
 
     with once(lambda: state(lab)["tokens"], twice):
-        # Ranks agree on whether to stop every sixteen steps, and each takes long.
+        # Each step takes long.
         result = lab.sae("train", cluster__dp=2, training__tokens=FOR_EVER * 64, training__batch_tokens=4096)
     assert result.code == 130, result.stderr
     assert state(lab)["tokens"] >= 640
@@ -239,7 +251,7 @@ def test_more_ranks_than_gpus(tokenized: Lab, tmp_path: Path) -> None:
 def test_no_room_for_all_ranks(tokenized: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lab = tokenized.copy(tmp_path)
     before = lab.bytes()
-    monkeypatch.setattr(ranks, "_PLACED_WITHIN_S", 1.0)
+    monkeypatch.setattr(placement, "_OTHERS_END_WITHIN_S", 1.0)
     everything = placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     ray.get(everything.ready())
     try:
@@ -292,7 +304,10 @@ def made(**methods: Callable[..., Any]) -> type:
         def address(self) -> str:
             return ""
 
-        def stop(self) -> None:
+        def pause(self) -> int:
+            return 0
+
+        def stop(self, last: int) -> None:
             pass
 
         def train(self, address: str) -> Iterator[Any]:
@@ -377,7 +392,7 @@ def test_an_interrupt_before_ranks_have_begun_waits_for_nothing(two: Run) -> Non
 def test_an_interrupt_is_one_although_a_rank_is_lost_meanwhile(two: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever interrupts a training does not want it to be begun anew."""
 
-    def stop(self: Any) -> None:
+    def stop(self: Any, last: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def interrupt(self: progress.Bar, n: int, note: str = "") -> None:
