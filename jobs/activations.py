@@ -43,7 +43,7 @@ class Live:
     def launch(self, rows: Array) -> tuple[Tensor, Check]:
         """See Source."""
         if not len(rows):
-            return torch.empty(0, self._subject.d_model), no_check
+            return torch.empty(0, self._subject.width), no_check
         batches = (rows[start : start + self._batch] for start in range(0, len(rows), self._batch))
         parts, checks = zip(*map(self._launch, batches), strict=True)
 
@@ -74,7 +74,7 @@ class Cached:
                 f"{lake.path}: the activations of corpus {corpus} at {subject.hook} are not fully cached; "
                 "run sae harvest first, or set training.source: live"
             )
-        self._d_model, self._device = subject.d_model, subject.device
+        self._width, self._device = subject.width, subject.device
         self._first = np.array([context_id[0] for context_id, _ in self._files])
 
     def vectors(self, rows: Array) -> Tensor:
@@ -83,7 +83,7 @@ class Cached:
 
     def launch(self, rows: Array) -> tuple[Tensor, Check]:
         """See Source. float16."""
-        shape = int(self._kept[rows].sum()), self._d_model
+        shape = int(self._kept[rows].sum()), self._width
         vectors = torch.empty(shape, dtype=torch.float16, pin_memory=self._device.type == "cuda")
         if len(rows):
             np.concatenate([self._of_context(row) for row in rows], out=vectors.numpy())

@@ -17,18 +17,32 @@ from sae.model import Autoencoder
 from sae.schemas.config import Run
 from sae.schemas.errors import AutoencoderError, ConfigError, IncompleteError
 from sae.sharded import latent_axis
+from sae.transcoder import from_config
 
 if TYPE_CHECKING:  # importing it loads transformer_lens, which takes seconds
     from sae.subject import Subject
 
 
+def known(snapshot: Snapshot, name: str) -> dict[str, Any] | None:
+    """The property of an autoencoder, if the lake has it; raises AutoencoderError where its checkpoints are too old."""
+    state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{name}")
+    kinds = (one.get(kind) for one in (state or {}).get("checkpoints", []) for kind in ("model", "state"))
+    if not all(isinstance(shards, list) for shards in kinds):
+        raise AutoencoderError(
+            f"autoencoder {name}: its checkpoints are those of an older sae, of one file each, and can't be read; "
+            "train it anew under another autoencoder.name, or under this one after sae drop LAKE --autoencoder "
+            f"{name}"
+        )
+    return state
+
+
 def state_of(snapshot: Snapshot, name: str) -> dict[str, Any]:
     """The property of a fully trained autoencoder; raises IncompleteError where there is none."""
-    state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{name}")
+    state = known(snapshot, name)
     if state is None:
-        known = [key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")]
+        others = [key.removeprefix("autoencoder/") for key in snapshot.properties if key.startswith("autoencoder/")]
         raise IncompleteError(
-            f"autoencoder {name}: not in this lake (it has: {', '.join(known) or 'none'}); run sae train first"
+            f"autoencoder {name}: not in this lake (it has: {', '.join(others) or 'none'}); run sae train first"
         )
     if not state["complete"]:
         raise IncompleteError(
@@ -83,7 +97,7 @@ def load(lake: Lake, name: str, weights: Weights = "average", which: Which = "la
     """A fully trained autoencoder of the lake, for inference: the moving average of its weights, or the plain ones."""
     snapshot = lake.snapshot()
     state = state_of(snapshot, name)
-    autoencoder = Autoencoder.from_config(state["config"])
+    autoencoder = from_config(state["config"])
     files, prefix = _PLACES[weights]
     tensors = read(lake, snapshot, chosen(state, name, which)[files], prefix=prefix)
     try:

@@ -20,6 +20,7 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, CorpusError
 from sae.schemas.tables import METRICS
 from sae.subject import Subject
+from sae.transcoder import from_config
 
 _SAMPLE_TOKENS: Final = 16_384
 
@@ -102,9 +103,9 @@ def _first(rows: contexts.Array, kept: contexts.Array, n_tokens: int) -> context
 
 def _baselines(autoencoder: Autoencoder, sample: Tensor, x: Tensor, config: Run) -> dict[str, float]:
     """FVU, in the space that the autoencoder encodes, of what any autoencoder has to beat."""
-    untrained = Autoencoder.from_config(autoencoder.config()).to(x.device)
+    untrained = from_config(autoencoder.config()).to(x.device)
     initialise(untrained, sample, torch.Generator().manual_seed(config.seed))
-    inner_sample, inner = autoencoder.preprocess(sample)[0], autoencoder.preprocess(x)[0]
+    inner_sample, inner = autoencoder.seen(sample)[1], autoencoder.seen(x)[1]
     return {
         "fvu_pca": float(pca_fvu(inner_sample, inner, config.autoencoder.k)),
         "fvu_untrained": float(reconstruction(untrained, x)["fvu"]),
@@ -123,10 +124,10 @@ def _losses(
 
         def reconstructed(acts: Tensor, keep: Tensor = keep) -> Tensor:
             latents, info = autoencoder.encode(acts.float())
-            return torch.where(keep, autoencoder.decode(latents, info), acts.float())
+            return torch.where(keep, autoencoder.decode(latents, info), autoencoder.expected(acts.float()))
 
         def zeroed(acts: Tensor, keep: Tensor = keep) -> Tensor:
-            return acts.masked_fill(keep, 0)
+            return autoencoder.expected(acts).masked_fill(keep, 0)
 
         for name, replace in zip(totals, (None, reconstructed, zeroed), strict=True):
             totals[name] += float(subject.logits_loss(token_ids, replace, lengths).double().sum())

@@ -28,7 +28,7 @@ def run(config: Run) -> None:
         progress.say(f"harvest: all {plan.n_runs} runs of {corpus} at {subject.hook} are cached")
         return
     state = lake.snapshot().properties[f"corpus/{corpus}"]
-    lake.check_room(state["n_tokens"] * len(missing) // plan.n_runs * subject.d_model * np.dtype(np.float16).itemsize)
+    lake.check_room(state["n_tokens"] * len(missing) // plan.n_runs * subject.width * np.dtype(np.float16).itemsize)
     with cluster.connected(config):
         rows = runs.each_run(
             config, "harvest", Harvester, (run_tokens, plan), config.cluster.harvest_actors, plan, missing
@@ -36,7 +36,7 @@ def run(config: Run) -> None:
     _, missing = runs.outstanding(lake.snapshot(), "harvest", owner, corpus, run_tokens)
     if missing:
         raise IncompleteError(f"harvest: {len(missing)} of {plan.n_runs} runs are still missing; run sae harvest again")
-    progress.say(f"harvest: {rows:,} activations of width {subject.d_model} at {subject.hook}")
+    progress.say(f"harvest: {rows:,} activations of width {subject.width} at {subject.place}")
 
 
 class Harvester:

@@ -1,6 +1,7 @@
 """One autoencoder in training, on this rank: its step, its checkpoints, its metrics."""
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import pyarrow as pa
@@ -8,25 +9,35 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from sae.activations import ReLU, TopK
+from sae.activations import Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
 from sae.collectives import Group
 from sae.initialise import initialise
-from sae.jobs import checkpoints
+from sae.jobs import checkpoints, claims
 from sae.jobs.history import Clock, History, Row, rows_of
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.jobs.loggers import Logger
+from sae.matryoshka import Nested
 from sae.mesh import Mesh
 from sae.metrics import reconstruction
 from sae.model import Autoencoder
 from sae.schedule import learning_rate
+from sae.schemas.config import Autoencoder as Shape
 from sae.schemas.config import Run
-from sae.schemas.errors import AutoencoderError, ConflictError, SaeError
+from sae.schemas.errors import AutoencoderError, SaeError
 from sae.schemas.tables import METRICS
 from sae.training import Metrics, StepConfig, TrainStep
+from sae.transcoder import Transcoder
 
 Shard = dict[str, Any]
 
 _LOGGED_STEPS: Final = 10_000
+_ACTIVATIONS: Final[dict[str, Callable[[Shape], Activation]]] = {
+    "topk": lambda shape: TopK(shape.k),
+    "batchtopk": lambda shape: BatchTopK(shape.k),
+    "groupmax": lambda shape: GroupMax(shape.k),
+    "jumprelu": lambda shape: JumpReLU(shape.bandwidth),
+    "relu": lambda shape: ReLU(),
+}
 
 
 def n_steps(config: Run) -> int:
@@ -36,10 +47,9 @@ def n_steps(config: Run) -> int:
 
 def known_state(snapshot: Snapshot, config: Run) -> dict[str, Any] | None:
     """The autoencoder's property in the lake, if any, checked against the config."""
-    state: dict[str, Any] | None = snapshot.properties.get(f"autoencoder/{config.autoencoder.name}")
-    if state is None:
-        return None
-    checkpoints.check_made_with(state, config, lambda key: True)
+    state = checkpoints.known(snapshot, config.autoencoder.name)
+    if state is not None:
+        checkpoints.check_made_with(state, config, lambda key: True)
     return state
 
 
@@ -50,15 +60,21 @@ def held_out_figures(lake: Lake, name: str) -> str:
     return ", ".join(f"{row['metric']} {row['value']:.4g}" for row in found if row["step"] == found[0]["step"])
 
 
-def new_autoencoder(config: Run, d_model: int, tp: Group | None = None) -> Autoencoder:
-    """An autoencoder of the config's shape, or this rank's shard of it, not yet initialised."""
-    shape, tp = config.autoencoder, tp if tp is not None else Group()
-    if shape.k > d_model and shape.activation == "topk":
+def new_autoencoder(config: Run, subject: Mapping[str, Any], tp: Group | None = None) -> Autoencoder:
+    """An autoencoder of the config's shape, or this rank's shard of it, not yet initialised.
+
+    It is a transcoder where the subject, d_model and perhaps d_out, has two hooks.
+    """
+    shape, tp, d_model = config.autoencoder, tp if tp is not None else Group(), subject["d_model"]
+    if shape.k > d_model and shape.selects:
         raise AutoencoderError(
             f"autoencoder.k: got {shape.k}, more than the {d_model} dimensions at {config.subject.hook}; lower k"
         )
-    activation = TopK(shape.k) if shape.activation == "topk" else ReLU()
-    return Autoencoder(shape.n_latents // tp.size, d_model, activation, shape.tied, shape.normalize, tp)
+    activation, nested = _ACTIVATIONS[shape.activation](shape), Nested(shape.prefixes)
+    held = shape.n_latents // tp.size
+    if "d_out" in subject:
+        return Transcoder(held, d_model, subject["d_out"], activation, shape.skip, shape.normalize, tp, nested)
+    return Autoencoder(held, d_model, activation, shape.tied, shape.normalize, tp, nested)
 
 
 class Trainee:
@@ -76,7 +92,8 @@ class Trainee:
     ) -> None:
         """It goes on from what `snapshot` has of it, the same for all ranks.
 
-        `subject` is what the autoencoder's property says of it: model, hook and d_model.
+        `subject` is what the autoencoder's property says of it: model, hook and d_model, and of a transcoder the
+        same of its output.
         """
         self._config, self._lake, self._subject, self._mesh = config, lake, subject, mesh
         self._name = config.autoencoder.name
@@ -98,7 +115,7 @@ class Trainee:
 
     def start(self, sample: Tensor | None) -> None:
         """Begin, from a sample of activations [m, d] or from the last checkpoint."""
-        autoencoder = new_autoencoder(self._config, self._subject["d_model"], self._mesh.tp).to(self._device)
+        autoencoder = new_autoencoder(self._config, self._subject, self._mesh.tp).to(self._device)
         self._shape = autoencoder.config()
         if sample is not None:
             generator = torch.Generator().manual_seed(self._config.seed)
@@ -111,6 +128,10 @@ class Trainee:
             owned = self._mesh.owned(self._config.autoencoder.n_latents)
             last = self._state["checkpoints"][-1]["state"]
             self._step.load_state_dict(checkpoints.read(self._lake, self._snapshot, last, owned))
+
+    def commit_as(self, claim: int) -> None:
+        """From here on it steps, and commits while it holds the claim."""
+        self._claim = claim
         if self._logger is not None:
             self._logger.__enter__()
         self._clock = Clock(self._config.training.batch_tokens, self.steps_done)
@@ -188,12 +209,10 @@ class Trainee:
             if failed:
                 raise failed[0]
             checkpoint |= {"model": [model for _, model, _ in shards], "state": [state for _, _, state in shards]}
-            known = transaction.base.properties.get(f"autoencoder/{name}", {"checkpoints": []})
-            if known["checkpoints"] != self._checkpoints:
-                raise ConflictError(f"autoencoder {name}: another training of it commits too; let only one go on")
+            claims.require(transaction, name, self._claim)
             every = [*self._checkpoints, {**checkpoint, "fvu": scores.get("fvu")}]
             kept = checkpoints.kept(every, config.training.keep_checkpoints)
-            dropped = [old for old in known["checkpoints"] if old not in kept]
+            dropped = [old for old in self._checkpoints if old not in kept]
             transaction.write("metrics", _metrics_table(rows), autoencoder=name)
             transaction.remove(transaction.base.files[path] for old in dropped for path in checkpoints.paths(old))
             transaction.set(f"autoencoder/{name}", self._property(step, kept))
@@ -238,7 +257,7 @@ def _step_config(config: Run, mse_scale: float) -> StepConfig:
         auxk=config.autoencoder.auxk,
         auxk_coef=training.auxk_coef,
         dead_after_tokens=training.dead_tokens,
-        l1_coef=training.l1_coef,
+        sparsity_coef=training.l1_coef or training.l0_coef,
         clip=training.clip_norm,
         ema_decay=training.ema or None,
         multi_topk_coef=training.multi_topk_coef,

@@ -34,42 +34,52 @@ def initialise(
     The decoder gets random unit rows, the encoder the same rows rescaled so that unit inputs are
     reconstructed with unit norm on average, pre_bias the geometric median of the first 32,768 rows, and
     latent_bias zero. The scale is 1 / mean squared distance of the (normalised) sample from its mean.
-    A tied autoencoder keeps unit rows. `generator` is a CPU generator.
+    A tied autoencoder keeps unit rows. Of a transcoder, whose encoder gets rows of its own, the scale and the other
+    bias are of what is to come out. `generator` is a CPU generator.
 
     Of a shard, `everyone` are all ranks that train it, who give the same sample and generator.
 
     Raises AutoencoderError when the sample has another width, is not finite or does not vary.
     """
-    x, _ = autoencoder.preprocess(sample.to(autoencoder.pre_bias))
+    x, target = autoencoder.seen(sample.to(autoencoder.pre_bias))
     everyone = everyone if everyone is not None else Group()
-    scale = float(everyone.broadcast_(mse_scale(x).clone())) if len(x) else float("nan")
+    scale = float(everyone.broadcast_(mse_scale(target).clone())) if len(x) else float("nan")
     if not 0 < scale < float("inf"):
         raise AutoencoderError(
             f"the sample of {len(x)} activations that training starts from holds NaN or infinity, or all its "
             f"rows are equal: expected finite rows that differ; check the subject model and the hook"
         )
-    _draw_rows(autoencoder, generator)
-    normalise_rows_(autoencoder.decoder_rows)
+    _draw_rows(autoencoder.decoder_rows, autoencoder.tp, generator)
     autoencoder.latent_bias.zero_()
     autoencoder.stats_last_nonzero.zero_()
-    if everyone.rank == 0:
-        autoencoder.pre_bias.copy_(geometric_median(x[:MEDIAN_ROWS]))
-    everyone.broadcast_(autoencoder.pre_bias)
+    _centre(autoencoder.pre_bias, x, everyone)
+    encoder = autoencoder.encoder.weight
+    if autoencoder.output_bias is not autoencoder.pre_bias:
+        _centre(autoencoder.output_bias, target, everyone)
+        _draw_rows(encoder, autoencoder.tp, generator)
+    elif not autoencoder.tied:
+        encoder.copy_(autoencoder.decoder_rows)
     if not autoencoder.tied:
-        autoencoder.encoder.weight.copy_(autoencoder.decoder_rows)
-        autoencoder.encoder.weight.div_(_probe_norm(autoencoder, generator))
+        encoder.div_(_probe_norm(autoencoder, generator))
     return scale
 
 
-def _draw_rows(autoencoder: Autoencoder, generator: torch.Generator | None) -> None:
-    """Fill the decoder's rows with normal numbers; a shard skips those of the others."""
-    n, d = autoencoder.n_latents, autoencoder.d_model
-    first, total = autoencoder.tp.rank * n, autoencoder.tp.size * n
+def _centre(bias: Tensor, x: Tensor, everyone: Group) -> None:
+    if everyone.rank == 0:
+        bias.copy_(geometric_median(x[:MEDIAN_ROWS]))
+    everyone.broadcast_(bias)
+
+
+def _draw_rows(weight: Tensor, tp: Group, generator: torch.Generator | None) -> None:
+    """Fill the rows [n, d] of a rank's latents with random unit vectors; a shard skips those of the others."""
+    n, d = weight.shape
+    first, total = tp.rank * n, tp.size * n
     for start in range(0, total, DRAWN_ROWS):
         drawn = torch.randn(min(DRAWN_ROWS, total - start), d, generator=generator)
         low, high = max(start, first), min(start + len(drawn), first + n)
         if low < high:
-            autoencoder.decoder_rows[low - first : high - first].copy_(drawn[low - start : high - start])
+            weight[low - first : high - first].copy_(drawn[low - start : high - start])
+    normalise_rows_(weight)
 
 
 def geometric_median(points: Tensor) -> Tensor:
@@ -80,10 +90,10 @@ def geometric_median(points: Tensor) -> Tensor:
 
 
 def _probe_norm(autoencoder: Autoencoder, generator: torch.Generator | None) -> float:
-    """Mean norm of the reconstruction, less pre_bias, of random unit vectors around pre_bias."""
+    """Mean norm of the reconstruction, less its bias, of random unit vectors around pre_bias."""
     probes = torch.randn(N_PROBES, autoencoder.d_model, generator=generator)
     normalise_rows_(probes)
     x = probes.to(autoencoder.pre_bias) + autoencoder.pre_bias
     latents = autoencoder.activate(autoencoder.encode_pre_act(x))
-    norm = float((autoencoder.recombine(latents) - autoencoder.pre_bias).norm(dim=1).mean())
+    norm = float((autoencoder.recombine(latents) - autoencoder.output_bias).norm(dim=1).mean())
     return norm if norm > 0 else 1.0

@@ -17,6 +17,11 @@ def ratio(error: Tensor, power: Tensor) -> Tensor:
     return torch.where(nothing, 0, error / torch.where(nothing, 1, power))
 
 
+def mse(recons: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over all features of all rows."""
+    return (recons - target).square().mean()
+
+
 def normalized_mse(recons: Tensor, x: Tensor) -> Tensor:
     """Mean over rows of (mean squared error of the row / mean square of the row of x [..., d]); see `ratio`."""
     return ratio((recons - x).square().mean(dim=-1), x.square().mean(dim=-1)).mean()
@@ -42,31 +47,11 @@ def mse_scale(sample: Tensor) -> Tensor:
     return 1 / (sample - sample.mean(dim=0)).square().mean()
 
 
-def auxk_loss(aux_recons: Tensor, residual: Tensor) -> Tensor:
-    """Normalised MSE of the dead latents' reconstruction of what the living ones left over (both [B, d]).
+def auxk_loss(aux_recons: Tensor, recons: Tensor, target: Tensor, bias: Tensor) -> Tensor:
+    """Normalised MSE of the dead latents' reconstruction of what the living ones left over (all [B, d]).
 
-    A row with nothing left over (0 / 0) counts as zero, in the loss and in the gradient.
+    aux_recons begins from bias [d], so it is to be target - recons + bias, without a gradient. A row with nothing left
+    over (0 / 0) counts as zero, in the loss and in the gradient.
     """
+    residual = target - recons.detach() + bias.detach()
     return ratio((aux_recons - residual).square().mean(dim=-1), residual.square().mean(dim=-1)).mean()
-
-
-def topk_loss(
-    recons: Tensor,
-    x: Tensor,
-    scale: float | Tensor,
-    aux_recons: Tensor | None = None,
-    pre_bias: Tensor | None = None,
-    auxk_coef: float = 1 / 32,
-) -> Tensor:
-    """Training loss of TopK: scale * MSE(recons, x), plus AuxK where aux_recons is given.
-
-    recons, x and aux_recons are [B, d] in the space that the model encodes (after `preprocess`).
-    aux_recons is decoded with pre_bias [d], so its target is x - recons + pre_bias, without a gradient.
-    """
-    loss = (recons - x).square().mean() * scale
-    if aux_recons is None:
-        return loss
-    residual = x - recons.detach()
-    if pre_bias is not None:
-        residual = residual + pre_bias.detach()
-    return loss + auxk_coef * auxk_loss(aux_recons, residual)

@@ -19,9 +19,9 @@ def reconstruction(autoencoder: Autoencoder, x: Tensor, dp: Group | None = None,
     """
     dp = dp if dp is not None else Group()
     mine = x[len(x) * dp.rank // dp.size : len(x) * (dp.rank + 1) // dp.size]
-    target = autoencoder.preprocess(mine)[0]
-    means = [total / len(x) for total in dp.sum_all(target.sum(dim=0), mine.sum(dim=0))]
-    spreads = [(rows - mean).square().sum() for rows, mean in zip((target, mine), means, strict=True)]
+    target, raw = autoencoder.seen(mine)[1], autoencoder.expected(mine)
+    means = [total / len(x) for total in dp.sum_all(target.sum(dim=0), raw.sum(dim=0))]
+    spreads = [(rows - mean).square().sum() for rows, mean in zip((target, raw), means, strict=True)]
     sums = torch.stack(
         [_sums(autoencoder, *parts) for parts in zip(mine.split(batch), target.split(batch), strict=True)]
     )
@@ -39,8 +39,8 @@ def reconstruction(autoencoder: Autoencoder, x: Tensor, dp: Group | None = None,
 def _sums(autoencoder: Autoencoder, x: Tensor, target: Tensor) -> Tensor:
     """[4] over rows x: normalised squared error, squared error in model space, in the subject's, active latents."""
     latents, info = autoencoder.encode(x)
-    recons = autoencoder.recombine(latents)
-    outer = autoencoder.decode(latents, info) - x
+    recons = autoencoder.add_bypass(autoencoder.recombine(latents), autoencoder.seen(x)[0])
+    outer = autoencoder.decode(latents, info) - autoencoder.expected(x)
     by_row = normalized_mse(recons, target) * len(x) if len(x) else x.new_zeros(())
     return torch.stack(
         [by_row, (recons - target).square().sum(), outer.square().sum(), (latents > 0).sum().to(x.dtype)]

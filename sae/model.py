@@ -9,18 +9,20 @@ Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sae.activations import Activation, Identity, ReLU, TopK, activation_from_state
+from sae.activations import Activation, Identity, Own, ReLU, TopK, made
 from sae.collectives import Group, sum_backward, sum_forward
 from sae.kernels.decode import decode
 from sae.kernels.exact import encode_exact, round_encoder, takes_rounded
 from sae.kernels.scatter import sparse_t_matmul
 from sae.kernels.topk import Selected, topk
+from sae.matryoshka import Nested
+from sae.mesh import Mesh
 from sae.schemas.errors import AutoencoderError
 
 __all__ = ["Autoencoder", "Identity", "Info", "Nonzeros", "ReLU", "TopK", "check_tensors"]
@@ -29,6 +31,9 @@ Info = dict[str, Tensor]
 """What `preprocess` took out and decoding puts back: empty, or mean and std, each [..., 1]."""
 
 NORMALIZE_EPS = 1e-5
+
+# Dense latents that are made at once to find those that are not zero: 512 MB in float32.
+_DENSE: Final = 1 << 27
 
 
 class Nonzeros(NamedTuple):
@@ -57,6 +62,9 @@ class Autoencoder(nn.Module):
     It may be one of several equal shards: then n_latents is what this rank holds, `tp` are the ranks that hold all
     between them in order of their latents, and dense latents are the shard's own, of which k in all are selected.
 
+    Trained with `nested` prefixes, each of them reconstructs by itself too. What it reconstructs has the width d_out,
+    which is d_model but for a transcoder.
+
     Raises AutoencoderError for sizes that cannot be.
     """
 
@@ -72,23 +80,51 @@ class Autoencoder(nn.Module):
         tied: bool = False,
         normalize: bool = False,
         tp: Group | None = None,
+        nested: Nested | None = None,
+        d_out: int | None = None,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation if activation is not None else ReLU()
         self.tp = tp if tp is not None else Group()
-        _check_sizes(n_latents * self.tp.size, d_model, self.activation)
+        self.nested = nested if nested is not None else Nested()
+        _check_sizes(n_latents, d_model)
+        self.activation.check(n_latents, self.tp.size)
+        self.nested.check(n_latents * self.tp.size)
+        self._of_shard = self.activation.on_shard(self.tp.size)
         self.n_latents = n_latents
         self.d_model = d_model
+        self.d_out = d_out if d_out is not None else d_model
         self.tied = tied
         self.normalize = normalize
         self.pre_bias = nn.Parameter(torch.zeros(d_model))
         self.encoder = _Linear(n_latents, d_model, transposed=False)
         self.latent_bias = nn.Parameter(torch.zeros(n_latents))
         # [d, n] as published, but stored latent by latent: sparse decoding reads whole rows.
-        self.decoder = None if tied else _Linear(n_latents, d_model, transposed=True)
+        self.decoder = None if tied else _Linear(n_latents, self.d_out, transposed=True)
         self.register_buffer("stats_last_nonzero", torch.zeros(n_latents, dtype=torch.int64))
         self.register_buffer("latents_activation_frequency", torch.ones(n_latents))
         self.register_buffer("latents_mean_square", torch.zeros(n_latents))
+        own = self.activation.tensors(n_latents)
+        self._own_names = tuple(own)
+        for name, tensor in own.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def like(self, n_latents: int, tp: Group) -> Self:
+        """An autoencoder that is this one but for the number of latents and the ranks; its weights are drawn."""
+        return type(self)(n_latents, self.d_model, self.activation, self.tied, self.normalize, tp, self.nested)
+
+    @property
+    def output_bias(self) -> Tensor:
+        """What reconstructions [..., d] begin from."""
+        return self.pre_bias
+
+    @property
+    def own(self) -> Own:
+        """The tensors that the activation needs."""
+        return {name: getattr(self, name) for name in self._own_names}
 
     @property
     def decoder_rows(self) -> Tensor:
@@ -117,6 +153,19 @@ class Autoencoder(nn.Module):
         std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / (self.d_model - 1) ** 0.5
         return centred / (std + NORMALIZE_EPS), {"mean": mean, "std": std}
 
+    def seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of raw x [..., d], in the space that the model encodes: what goes in, and what is to come out."""
+        x, _ = self.preprocess(x)
+        return x, x
+
+    def expected(self, x: Tensor) -> Tensor:
+        """What is to come out [..., d] of raw x."""
+        return x
+
+    def add_bypass(self, recons: Tensor, x: Tensor) -> Tensor:
+        """recons [..., d] with what of preprocessed x [..., d] goes into them beside the latents."""
+        return recons
+
     def encode_pre_act(self, x: Tensor, latent_slice: slice = slice(None)) -> Tensor:
         """Pre-activations [..., n] (or those of the slice) of x [..., d], which is already preprocessed."""
         self._check_width(x)
@@ -131,11 +180,17 @@ class Autoencoder(nn.Module):
     def activate(self, pre_act: Tensor) -> Tensor:
         """Latents [..., n], dense, of pre-activations [..., n]."""
         if self.tp.size == 1 or not isinstance(self.activation, TopK):
-            return self.activation(pre_act)
+            return self._of_shard(pre_act, self.own)
         rows = pre_act.reshape(-1, self.n_latents)
         values, indices = self.select(rows, self.activation.k)
         values = torch.where(values.isneginf(), 0, self.activation.postact(values))
         return torch.zeros_like(rows).scatter(1, indices, values).view(pre_act.shape)
+
+    def activate_to_train(self, pre_act: Tensor, mesh: Mesh) -> Tensor:
+        """The same in a training step on a mesh, of the pre-activations [B, n] of all its rows."""
+        if isinstance(self.activation, TopK):
+            return self.activate(pre_act)
+        return self._of_shard.train(pre_act, self.own, mesh)
 
     def select(self, pre_act: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Values and indices of the k largest pre-activations [B, n] of each row; the smaller latent wins a tie.
@@ -150,11 +205,11 @@ class Autoencoder(nn.Module):
 
     def recombine(self, latents: Tensor) -> Tensor:
         """Reconstructions [..., d] of dense latents [..., n], in the space that the model encodes."""
-        return sum_forward(latents @ self.decoder_rows, self.tp) + self.pre_bias
+        return sum_forward(latents @ self.decoder_rows, self.tp) + self.output_bias
 
     def recombine_sparse(self, values: Tensor, indices: Tensor) -> Tensor:
         """The same [B, d] of sparse latents, values and indices [B, k]."""
-        return sum_forward(decode(values, indices, self.decoder_rows), self.tp) + self.pre_bias
+        return sum_forward(decode(values, indices, self.decoder_rows), self.tp) + self.output_bias
 
     def encode_topk(self, x: Tensor) -> tuple[Tensor, Tensor, Info]:
         """Values [B, k] and indices [B, k] int64 of the selected latents of raw x [B, d].
@@ -193,14 +248,21 @@ class Autoencoder(nn.Module):
         For many batches with the same weights, pass what `rounded_encoder` returned: else it is made for each.
         """
         if not isinstance(self.activation, TopK):
-            latents, _ = self.encode(x)
-            row, latent = (latents > 0).nonzero(as_tuple=True)
-            return Nonzeros(row, latent, latents[row, latent])
+            return self._dense_nonzeros(x)
         x, _ = self.preprocess(x)
         values, indices = self._selected(x, self.activation.k, rounded_encoder)
         values = self.activation.postact(values)
         row, column = (values > 0).nonzero(as_tuple=True)
         return Nonzeros(row, indices[row, column].long(), values[row, column])
+
+    def _dense_nonzeros(self, x: Tensor) -> Nonzeros:
+        at_once = max(1, _DENSE // self.n_latents)
+        parts = []
+        for first, rows in enumerate(x.split(at_once)):
+            latents, _ = self.encode(rows)
+            row, latent = (latents > 0).nonzero(as_tuple=True)
+            parts.append(Nonzeros(row + first * at_once, latent, latents[row, latent]))
+        return Nonzeros(*map(torch.cat, zip(*parts, strict=True)))
 
     def rounded_encoder(self) -> Tensor | None:
         """What `nonzeros` needs of the encoder beside its weights on a GPU, and None where it needs nothing.
@@ -241,19 +303,21 @@ class Autoencoder(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """All that `from_config` needs, as JSON values."""
-        top = self.activation if isinstance(self.activation, TopK) else None
+        state = self.activation.state
         return {
             "n_latents": self.n_latents * self.tp.size,
             "d_model": self.d_model,
             "activation": self.activation.name,
-            "k": top.k if top else None,
-            "postact": top.postact.name if top else None,
+            "k": state.get("k"),
+            "postact": state.get("postact_fn"),
             "normalize": self.normalize,
             "tied": self.tied,
+            **({"activation_state": state} if state.keys() - {"k", "postact_fn"} else {}),
+            **({"prefixes": list(self.nested.sizes)} if self.nested.sizes else {}),
         }
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Autoencoder:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Build an untrained autoencoder from `config`; load its tensors with load_state_dict.
 
         Raises AutoencoderError when a key is missing or a value is not allowed.
@@ -261,9 +325,17 @@ class Autoencoder(nn.Module):
         missing = {"n_latents", "d_model", "activation", "normalize", "tied"} - config.keys()
         if missing:
             raise AutoencoderError(f"autoencoder config lacks {_names(missing)}: it was not written by this project")
+        return cls(**cls._given(config))
+
+    @staticmethod
+    def _given(config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of `__init__` that a config names."""
         state = {"k": config.get("k"), "postact_fn": config.get("postact") or "ReLU"}
-        activation = activation_from_state(config["activation"], state)
-        return cls(config["n_latents"], config["d_model"], activation, config["tied"], config["normalize"])
+        return {
+            **{name: config[name] for name in ("n_latents", "d_model", "tied", "normalize")},
+            "activation": made(config["activation"], {**state, **config.get("activation_state", {})}),
+            "nested": Nested(tuple(config.get("prefixes", ()))),
+        }
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers alone, each contiguous, under their published names."""
@@ -310,7 +382,7 @@ class Autoencoder(nn.Module):
             raise AutoencoderError(
                 "state dict has no encoder.weight [n_latents, d_model]: it does not hold an autoencoder"
             )
-        activation = activation_from_state(state.get("activation", ReLU.name), state.get("activation_state_dict", {}))
+        activation = made(state.get("activation", ReLU.name), state.get("activation_state_dict", {}))
         normalize = bool(state.get("normalize", isinstance(activation, TopK)))
         autoencoder = cls(weight.shape[0], weight.shape[1], activation, tied, normalize).to(weight.dtype)
         for name, buffer in autoencoder.named_buffers():
@@ -381,11 +453,9 @@ def _names(names: set[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _check_sizes(n_latents: int, d_model: int, activation: Activation) -> None:
+def _check_sizes(n_latents: int, d_model: int) -> None:
     if n_latents < 1 or d_model < 1:
         raise AutoencoderError(f"n_latents is {n_latents} and d_model is {d_model}: both must be at least 1")
-    if isinstance(activation, TopK) and not 1 <= activation.k <= n_latents:
-        raise AutoencoderError(f"k is {activation.k} and n_latents is {n_latents}: k must be between 1 and n_latents")
 
 
 def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:

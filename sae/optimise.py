@@ -14,6 +14,7 @@ from sae.collectives import Group
 from sae.devices import send
 from sae.kernels.update import BETAS, Hyper, Parameter, adam_, normalise_rows_, project_
 from sae.model import Autoencoder, check_tensors
+from sae.sharded import latent_axis
 
 __all__ = ["EMA", "DeadLatents", "Optimiser", "copy_tensors_", "normalise_rows_"]
 
@@ -48,9 +49,8 @@ class Optimiser:
         given = {name: p for name, p in self._parameters.items() if p.grad is not None}
         norms = {name: torch.linalg.vector_norm(p.grad) for name, p in given.items()}
         if everyone is not None and everyone.size > 1:
-            shared = norms.pop("pre_bias")
-            of_rows = torch.stack(list(norms.values())).square().sum()
-            norms = {"pre_bias": shared, "rows": everyone.sum_(of_rows).sqrt()}
+            of_latents = [norms.pop(name) for name in given if latent_axis(name) is not None]
+            norms["latents"] = everyone.sum_(torch.stack(of_latents).square().sum()).sqrt()
         norm: Tensor = torch.linalg.vector_norm(torch.stack(list(norms.values())))
         hyper = self.clipped(Hyper(self.advance(lr)), norm)
         for name, parameter in given.items():

@@ -11,12 +11,12 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from sae.collectives import Wait
+from sae.collectives import Group, Wait
 from sae.mesh import Mesh
 from sae.model import Autoencoder
 
 # The axis of the latents, for tensors that have one; pre_bias and counts have none.
-_AXES: Final = {"encoder.weight": 0, "latent_bias": 0, "decoder.weight": 1}
+_AXES: Final = {"encoder.weight": 0, "latent_bias": 0, "decoder.weight": 1, "log_threshold": 0}
 _STATISTICS: Final = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -40,7 +40,10 @@ def _part(tensor: Tensor, axis: int | None, latents: list[range]) -> Tensor:
 
 
 class Holdings:
-    """The latents that a rank holds, as an autoencoder, and those that it owns: the same one where dp is 1."""
+    """The latents that a rank holds, as an autoencoder, and those that it owns: the same one where dp is 1.
+
+    Owned ones are to be moved and saved, not to compute with: no two ranks of dp see the same rows.
+    """
 
     def __init__(self, held: Autoencoder, mesh: Mesh) -> None:
         self.held, self.mesh = held, mesh
@@ -65,15 +68,19 @@ class Holdings:
     @torch.no_grad()
     def copy_owned(self, target: Autoencoder | None = None) -> None:
         """Give the held autoencoder, or `target` of its shape, the parameters that the ranks of dp own."""
-        target = target if target is not None else self.held
+        if target is None:
+            target = self.held
+        else:
+            _copy(_counted(self.owned), _counted(target))
         if target is not self.owned:
-            target.pre_bias.copy_(self.owned.pre_bias)
+            _copy(_shared(self.owned), _shared(target))
             self._spread({name: rows for name, rows in _rows(target).items() if name not in _STATISTICS})
 
     def spread(self) -> None:
         """Give the held autoencoder all that the ranks of dp own, statistics too."""
         self.copy_owned()
         if self.held is not self.owned:
+            _copy(_counted(self.owned), _counted(self.held))
             self._spread({name: rows for name, rows in _rows(self.held).items() if name in _STATISTICS})
 
     def _spread(self, held: dict[str, Tensor]) -> None:
@@ -88,13 +95,13 @@ class Holdings:
     def collect_gradients(self) -> None:
         """Move the gradients of what is held to what is owned, summed over dp."""
         dp, tp = self.mesh.dp, self.mesh.tp
-        assert self.held.pre_bias.grad is not None
-        # A sum over all ranks, of which those of tp have the same: every rank gets the same bits.
-        self.owned.pre_bias.grad = self.mesh.everyone.sum_(self.held.pre_bias.grad / tp.size)
         parameters = dict(self.owned.named_parameters())
         for name, parameter in self.held.named_parameters():
             axis, grad = latent_axis(name), parameter.grad
-            if axis is not None and grad is not None:
+            if axis is None and grad is not None:
+                # A sum over all ranks, of which those of tp have the same: every rank gets the same bits.
+                parameters[name].grad = self.mesh.everyone.sum_(grad / tp.size)
+            elif axis is not None and grad is not None:
                 rows = grad if axis == 0 else grad.T
                 begun = [dp.begin_sum_to_shares(rows[bucket].contiguous()) for bucket in self.buckets]
                 summed = torch.cat([_waited(*one) for one in begun])
@@ -109,23 +116,23 @@ class Holdings:
     def copy_statistics(self) -> None:
         """Give the owned autoencoder the statistics of what it owns, which are kept for all that is held."""
         if self.owned is not self.held:
+            _copy(_counted(self.held), _counted(self.owned))
             for name in _STATISTICS:
                 counts = getattr(self.held, name)
                 getattr(self.owned, name).copy_(torch.cat([counts[share] for share in self.shares]))
 
-    def empty(self, n_latents: int) -> Autoencoder:
-        """An autoencoder like the held one, of as many latents, on its device."""
+    def empty(self, n_latents: int, together: Group) -> Autoencoder:
+        """An autoencoder like the held one, of as many latents on each of the ranks that have all `together`."""
         held = self.held
         like = held.pre_bias
         with torch.device("meta"):
-            made = Autoencoder(n_latents, held.d_model, held.activation, held.tied, held.normalize, self.mesh.everyone)
-        made.tp = held.tp
+            made = held.like(n_latents, together)
         return made.to_empty(device=like.device).to(like.dtype)
 
     def _taken(self) -> Autoencoder:
-        owned = self.empty(sum(self._sizes))
+        owned = self.empty(sum(self._sizes), self.mesh.everyone)
         with torch.no_grad():
-            owned.pre_bias.copy_(self.held.pre_bias)
+            _copy(_shared(self.held) | _counted(self.held), _shared(owned) | _counted(owned))
             theirs = _rows(self.held)
             for name, rows in _rows(owned).items():
                 rows.copy_(torch.cat([theirs[name][share] for share in self.shares]))
@@ -135,6 +142,21 @@ class Holdings:
 def _waited(tensor: Tensor, wait: Wait) -> Tensor:
     wait()
     return tensor
+
+
+def _shared(autoencoder: Autoencoder) -> dict[str, Tensor]:
+    """Parameters that every rank has whole; live references."""
+    return {name: p.detach() for name, p in autoencoder.named_parameters() if latent_axis(name) is None}
+
+
+def _counted(autoencoder: Autoencoder) -> dict[str, Tensor]:
+    """What every rank has whole and keeps beside its parameters; live references."""
+    return {name: buffer for name, buffer in autoencoder.named_buffers() if latent_axis(name) is None}
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in target.items():
+        tensor.copy_(source[name])
 
 
 def _rows(autoencoder: Autoencoder) -> dict[str, Tensor]:

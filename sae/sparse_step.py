@@ -60,7 +60,7 @@ class StepConfig:
     mse_scale: factor of the TopK reconstruction loss, from `initialise`
     auxk, auxk_coef: dead latents that reconstruct the residual, at most; weight of that loss. auxk 0: none
     dead_after_tokens: tokens without firing after which a latent is dead
-    l1_coef: weight of the normalised L1 loss; dense activations only
+    sparsity_coef: weight of the activation's own loss: L1 of ReLU, L0 of JumpReLU
     clip: largest global gradient norm, or None
     ema_decay: decay of the weights' moving average per step, or None
     multi_topk_coef: weight of the loss with MULTI times k latents; TopK only
@@ -71,7 +71,7 @@ class StepConfig:
     auxk: int = 256
     auxk_coef: float = 1 / 32
     dead_after_tokens: int = 10_000_000
-    l1_coef: float = 0.0
+    sparsity_coef: float = 0.0
     clip: float | None = None
     ema_decay: float | None = 0.999
     multi_topk_coef: float = 0.0
@@ -95,7 +95,9 @@ class SparseStep:
     def fits(autoencoder: Autoencoder) -> bool:
         """Whether an autoencoder's gradients are those written down here."""
         activation = autoencoder.activation
-        return isinstance(activation, TopK) and isinstance(activation.postact, ReLU) and not autoencoder.tied
+        known = isinstance(activation, TopK) and isinstance(activation.postact, ReLU)
+        plain = type(autoencoder) is Autoencoder and not autoencoder.tied and not autoencoder.nested.sizes
+        return known and plain
 
     def __init__(
         self, holdings: Holdings, config: StepConfig, optimiser: Optimiser, ema: EMA | None, dead: DeadLatents

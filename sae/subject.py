@@ -9,7 +9,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,7 +73,9 @@ class Subject:
 
     model: str
     hook: str  # transformer_lens name
+    output_hook: str | None  # of a transcoder: where what it reconstructs is found
     d_model: int  # width of the activations at the hook
+    width: int  # of the vectors of `activations`: those at the output hook follow those at the hook
     context_limit: int
     vocab_size: int
     tokenizer: Any
@@ -82,7 +84,7 @@ class Subject:
     fingerprint: str  # of everything that decides the activations: model, hook, layers, dtype, masked positions
     complete: bool  # False if only the first layers were loaded
     bridge: Any
-    point: Any  # the hook as a module of the bridge
+    points: tuple[Any, ...]  # the hooks as modules of the bridge, that of the output last
     device: torch.device
     forward: Forward  # token ids [B, T] on the device -> activations [B, T, d]
 
@@ -92,6 +94,7 @@ class Subject:
         model: str,
         hook: str,
         *,
+        output_hook: str | None = None,
         layers: int | None = None,
         dtype: str = "float32",
         device: str = "cpu",
@@ -103,6 +106,7 @@ class Subject:
             model: "smollm2", a local Hugging Face folder, or a name on the Hugging Face hub.
             hook: a transformer_lens name (`blocks.4.hook_resid_pre`), or `LOCATION.LAYER` with one of
                 `LOCATIONS`.
+            output_hook: the same, at a later place: activations are then those of both hooks, one behind the other.
             layers: load the first so many blocks only; None loads all.
             dtype: of weights and activations, one of `DTYPES`.
             device: a torch device.
@@ -116,25 +120,32 @@ class Subject:
         n_layers = int(config.get_text_config().num_hidden_layers)
         if layers is not None and not 1 <= layers <= n_layers:
             raise SubjectError(f"subject.layers: {layers} given, {model} has {n_layers}; choose 1 to {n_layers}")
-        name = resolve_hook(hook)
-        _check_layer(name, layers or n_layers, n_layers, model)
+        given = [one for one in (hook, output_hook) if one is not None]
+        names = [resolve_hook(one) for one in given]
+        for name in names:
+            _check_layer(name, layers or n_layers, n_layers, model)
         tokenizer = load_tokenizer(model)
         bridge = boot(model, config, layers, dtype, device, tokenizer)
-        point = _hook_point(bridge, name, hook)
-        d_model = _probe_width(bridge, point, hook)
-        _use_fused_attention(bridge, point)
+        points = tuple(_hook_point(bridge, *both) for both in zip(names, given, strict=True))
+        widths = [_probe_width(bridge, (point,), one) for point, one in zip(points, given, strict=True)]
+        if output_hook is not None:
+            _check_order(bridge, points, given)
+        _use_fused_attention(bridge, points)
         masked = tuple(sorted(set(masked_positions)))
         identity = {
             "model": weights_identity(model, config),
-            "hook": name,
+            "hook": names[0],
+            **({"output_hook": names[1]} if output_hook is not None else {}),
             "layers": layers if layers != n_layers else None,
             "dtype": dtype,
             "masked_positions": masked,
         }
         return cls(
             model=model,
-            hook=name,
-            d_model=d_model,
+            hook=names[0],
+            output_hook=names[1] if output_hook is not None else None,
+            d_model=widths[0],
+            width=sum(widths),
             context_limit=context_limit(model, config),
             vocab_size=int(config.get_text_config().vocab_size),
             tokenizer=tokenizer,
@@ -143,10 +154,15 @@ class Subject:
             fingerprint=sha256(json.dumps(identity, sort_keys=True).encode()),
             complete=layers in (None, n_layers),
             bridge=bridge,
-            point=point,
+            points=points,
             device=torch.device(device),
-            forward=partial(_capture, bridge, point),
+            forward=partial(_capture, bridge, points),
         )
+
+    @property
+    def place(self) -> str:
+        """The hook, or both hooks, for people."""
+        return self.hook if self.output_hook is None else f"{self.hook} and {self.output_hook}"
 
     def compiled(self, n_contexts: int, width: int) -> "Subject":
         """Return this subject with its forward compiled for up to `n_contexts` contexts of `width` tokens.
@@ -156,7 +172,7 @@ class Subject:
         """
         generator = torch.Generator().manual_seed(0)
         example, other = (
-            self._padded(torch.randint(self.vocab_size, (n_contexts, width), generator=generator)) for _ in range(2)
+            self.padded(torch.randint(self.vocab_size, (n_contexts, width), generator=generator)) for _ in range(2)
         )
         try:
             forward = FixedForward(self.forward, example)
@@ -179,7 +195,7 @@ class Subject:
             token_ids: [B, T] int64.
 
         Returns:
-            [B, T, d] in the model's dtype, on its device. Positions of padding hold numbers without meaning.
+            [B, T, width] in the model's dtype, on its device. Positions of padding hold numbers without meaning.
 
         Raises:
             SubjectError: an id outside the vocabulary, a context that is too long, or activations with NaN or
@@ -230,8 +246,9 @@ class Subject:
 
         Args:
             token_ids: [B, T] int64, padded on the right.
-            replace: maps activations [B, T, d] to what the model shall go on with, of the same shape; None
-                leaves them. It sees every position, masked ones and padding too.
+            replace: maps activations [B, T, width] to what the model shall go on with at the hook, or at the output
+                hook where there is one, [B, T, d]; None leaves them. It sees every position, masked ones and padding
+                too.
             lengths: [B] real tokens of each row.
 
         Returns:
@@ -245,8 +262,9 @@ class Subject:
                 f"{self.model}: the loss needs all layers, only the first are loaded; leave out subject.layers"
             )
         width = token_ids.shape[1]
-        ids = self._padded(token_ids)
-        logits = _run(self.bridge, self.point, ids, _replacer(replace, width))[:, : width - 1]
+        ids = self.padded(token_ids)
+        hooks = _replacing(self.points, replace, width) if replace is not None else {}
+        logits = _run(self.bridge, ids, hooks)[:, : width - 1]
         targets = ids[:, 1:width]
         # Row by row: a float32 copy of all logits would double the peak memory.
         pairs = zip(logits, targets, strict=True)
@@ -261,9 +279,13 @@ class Subject:
         return (positions < lengths[:, None]) & ~torch.isin(positions, masked)
 
     def _started(self, token_ids: Tensor) -> Tensor:
-        return self.forward(self._padded(token_ids))[:, : token_ids.shape[1]]
+        return self.forward(self.padded(token_ids))[:, : token_ids.shape[1]]
 
-    def _padded(self, token_ids: Tensor) -> Tensor:
+    def padded(self, token_ids: Tensor) -> Tensor:
+        """Token ids [B, T] on the device, widened with zeros to a multiple of PAD_MULTIPLE where the model allows it.
+
+        Raises SubjectError: an id outside the vocabulary, or a context that is too long.
+        """
         width = token_ids.shape[1]
         if width > self.context_limit:
             raise SubjectError(
@@ -284,36 +306,62 @@ Hook = Callable[..., Tensor | None]
 
 
 @torch.no_grad()
-def _run(bridge: Any, point: Any, token_ids: Tensor, hook: Hook, return_type: str | None = "logits") -> Any:
+def _run(bridge: Any, token_ids: Tensor, hooks: Mapping[Any, Hook], return_type: str | None = "logits") -> Any:
     # run_with_hooks would build its table of all hook points anew for every batch.
-    point.add_hook(hook)
+    for point, hook in hooks.items():
+        point.add_hook(hook)
     try:
         return bridge(token_ids, return_type=return_type, use_cache=False)
     finally:
-        point.remove_hooks("fwd")
+        for point in hooks:
+            point.remove_hooks("fwd")
 
 
-def _capture(bridge: Any, point: Any, token_ids: Tensor) -> Tensor:
-    """Activations [B, T, d] at hook point `point`; heads and their width are flattened into d."""
+def _capture(bridge: Any, points: tuple[Any, ...], token_ids: Tensor) -> Tensor:
+    """Activations [B, T, d] at hook points, of which the last fires last; heads are flattened into d."""
+    found: list[Tensor] = []
 
-    def stop(acts: Tensor, hook: Any) -> Tensor | None:
-        raise StopAtLayerException(acts)  # the bridge returns what it carries
+    def keep(acts: Tensor, hook: Any) -> None:
+        found.append(acts.flatten(2) if acts.ndim > 3 else acts)
 
-    acts = _run(bridge, point, token_ids, stop, return_type=None)
+    def stop(acts: Tensor, hook: Any) -> None:
+        keep(acts, hook)
+        raise StopAtLayerException(torch.cat(found, dim=2) if len(found) > 1 else found[0])
+
+    *before, last = points
+    acts = _run(bridge, token_ids, {**dict.fromkeys(before, keep), last: stop}, return_type=None)
     if not isinstance(acts, Tensor):
-        raise SubjectError(f"hook {point.name}: it exists but never fires in this model; choose another hook")
-    return acts.flatten(2) if acts.ndim > 3 else acts
+        raise SubjectError(f"hook {last.name}: it exists but never fires in this model; choose another hook")
+    return acts
 
 
-def _replacer(replace: Callable[[Tensor], Tensor] | None, width: int) -> Hook:
-    def hook(acts: Tensor, hook: Any) -> Tensor | None:
-        if replace is None:
-            return None
+def _replacing(points: tuple[Any, ...], replace: Callable[[Tensor], Tensor], width: int) -> dict[Any, Hook]:
+    """Hooks that put what `replace` makes of the activations at all points in the place of the last one's."""
+    found: list[Tensor] = []
+
+    def keep(acts: Tensor, hook: Any) -> None:
+        found.append(acts[:, :width].flatten(2))
+
+    def put(acts: Tensor, hook: Any) -> Tensor:
         new = acts.clone()
-        new[:, :width] = replace(acts[:, :width].flatten(2)).to(acts.dtype).view_as(new[:, :width])
+        seen = torch.cat([*found, acts[:, :width].flatten(2)], dim=2)
+        new[:, :width] = replace(seen).to(acts.dtype).view_as(new[:, :width])
+        found.clear()
         return new
 
-    return hook
+    *before, last = points
+    return {**dict.fromkeys(before, keep), last: put}
+
+
+def _check_order(bridge: Any, points: tuple[Any, ...], given: Sequence[str]) -> None:
+    """Raises SubjectError unless the first of two hooks fires before the other one."""
+    fired: list[str] = []
+    hooks: dict[Any, Hook] = {point: lambda acts, hook: fired.append(hook.name) for point in points}
+    _run(bridge, torch.zeros(1, 2, dtype=torch.int64, device=bridge.cfg.device), hooks)
+    if fired != [point.name for point in points]:
+        raise SubjectError(
+            f"subject.output_hook: {given[1]} is not behind subject.hook, {given[0]}; choose a later one"
+        )
 
 
 def _check_options(dtype: str, device: str, masked_positions: Sequence[int]) -> None:
@@ -352,11 +400,11 @@ def _hook_point(bridge: Any, name: str, given: str) -> Any:
     raise SubjectError(f"subject.hook: {given!r} is no hook point of this model; {hint}")
 
 
-def _probe_width(bridge: Any, point: Any, given: str) -> int:
+def _probe_width(bridge: Any, points: tuple[Any, ...], given: str) -> int:
     # Two lengths tell a vector a token from a table over pairs of tokens, such as an attention pattern.
     shapes = []
     for width in (5, 7):
-        acts = _capture(bridge, point, torch.zeros(2, width, dtype=torch.int64, device=bridge.cfg.device))
+        acts = _capture(bridge, points, torch.zeros(2, width, dtype=torch.int64, device=bridge.cfg.device))
         shapes.append(tuple(acts.shape))
         if acts.shape[:2] != (2, width) or acts.ndim != 3 or acts.shape[2] != shapes[0][2]:
             raise SubjectError(
@@ -366,18 +414,18 @@ def _probe_width(bridge: Any, point: Any, given: str) -> int:
     return int(shapes[0][2])
 
 
-def _use_fused_attention(bridge: Any, point: Any) -> None:
-    """Let blocks run the model's own fused attention, unless the hook lies inside attention.
+def _use_fused_attention(bridge: Any, points: tuple[Any, ...]) -> None:
+    """Let blocks run the model's own fused attention, unless a hook lies inside attention.
 
     The bridge computes attention step by step, so that hooks can see scores and patterns; nothing here looks
     at those, and the model's own module is 10-20% faster. Undone if it does not give the same activations.
     """
     hf_model = bridge.original_model
-    inside_attention = ".attn." in point.name
+    inside_attention = any(".attn." in point.name for point in points)
     if inside_attention or not hasattr(bridge, "blocks") or hf_model.config._attn_implementation != "eager":
         return
     ids = torch.arange(2 * PAD_MULTIPLE, device=bridge.cfg.device).view(2, PAD_MULTIPLE) % bridge.cfg.d_vocab
-    before = _capture(bridge, point, ids).float()
+    before = _capture(bridge, points, ids).float()
     swapped: list[tuple[Any, Any]] = [
         (block.original_component, attn)
         for block in bridge.blocks
@@ -388,7 +436,7 @@ def _use_fused_attention(bridge: Any, point: Any) -> None:
         setattr(owner, attn.name, attn.original_component)
     try:
         hf_model.set_attn_implementation("sdpa")
-        same = _agree(before, _capture(bridge, point, ids).float(), bridge.cfg.dtype)
+        same = _agree(before, _capture(bridge, points, ids).float(), bridge.cfg.dtype)
     except Exception:  # whatever an exotic architecture raises here, it still runs as the bridge built it
         same = False
     if not same:

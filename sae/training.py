@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.dead_bound import DeadBound
 from sae.kernels.topk import topk
-from sae.losses import normalized_l1, normalized_mse, topk_loss
+from sae.losses import auxk_loss, mse, normalized_mse
 from sae.mesh import Mesh
 from sae.model import Autoencoder, TopK, won
 from sae.optimise import EMA, DeadLatents, Optimiser, copy_tensors_
@@ -51,15 +51,15 @@ class TrainStep:
         """
         if self._sparse is not None:
             return self._sparse.step(x, lr)
-        x, _ = self.autoencoder.preprocess(x.to(self.autoencoder.pre_bias.dtype))
+        x, target = self.autoencoder.seen(x.to(self.autoencoder.pre_bias.dtype))
         forward = self._topk if isinstance(self.autoencoder.activation, TopK) else self._dense
-        loss, of_shard, recons, active = forward(x)
+        loss, of_shard, recons, active = forward(x, target)
         ((loss + of_shard) / self.mesh.dp.size).backward()
         grad_norm = self._move(lr)
         of_shard, active = self.mesh.tp.sum_all(of_shard.detach(), active)
-        return {**self._metrics(x, recons.detach(), loss.detach() + of_shard, active), "grad_norm": grad_norm}
+        return {**self._metrics(target, recons.detach(), loss.detach() + of_shard, active), "grad_norm": grad_norm}
 
-    def _topk(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _topk(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Loss, what the shard's own latents add to it, reconstructions, and the number of active latents."""
         model, config = self.autoencoder, self.config
         assert isinstance(model.activation, TopK)
@@ -76,14 +76,23 @@ class TrainStep:
         latents = model.activation.postact(model.attach(x, chosen, ids))
         latents = torch.where(chosen.isneginf(), 0, latents)  # beaten by another shard's
         values, aux_values, more_values = latents.split([ids.shape[1] for _, ids in selections], dim=1)
-        recons = model.recombine_sparse(values, indices)
-        _, aux_indices = selections[1]
-        aux_recons = model.recombine_sparse(aux_values, aux_indices) if aux_indices.shape[1] else None
-        loss = topk_loss(recons, x, config.mse_scale, aux_recons, model.pre_bias, config.auxk_coef)
+        recons = model.add_bypass(model.recombine_sparse(values, indices), x)
+        loss = mse(recons, target) * config.mse_scale
+        for nested in model.nested.sparse(model, values, indices):
+            loss = loss + mse(model.add_bypass(nested, x), target) * config.mse_scale
         if several:
-            wider = model.recombine_sparse(more_values, more[1])
-            loss = loss + config.multi_topk_coef * topk_loss(wider, x, config.mse_scale)
+            wider = model.add_bypass(model.recombine_sparse(more_values, more[1]), x)
+            loss = loss + config.multi_topk_coef * mse(wider, target) * config.mse_scale
+        loss = loss + self._auxk(aux_values, selections[1][1], recons, target)
         return loss, torch.zeros_like(loss), recons, (active > 0).sum(dtype=loss.dtype)
+
+    def _auxk(self, values: Tensor, indices: Tensor, recons: Tensor, target: Tensor) -> Tensor:
+        """The loss of dead latents, values and indices [B, c], which reconstruct what the others left over."""
+        if not indices.shape[1]:
+            return recons.new_zeros(())
+        model = self.autoencoder
+        aux_recons = model.recombine_sparse(values, indices)
+        return self.config.auxk_coef * auxk_loss(aux_recons, recons, target, model.output_bias)
 
     def _select_dead(self, pre_act: Tensor) -> tuple[Tensor, Tensor]:
         """Return the auxk largest pre-activations [B, n] among dead latents, with their ids; maybe none."""
@@ -104,14 +113,27 @@ class TrainStep:
             values = won(tp, values.gather(1, order), self.config.auxk)
         return values, dead[positions]
 
-    def _dense(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _dense(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `_topk`."""
-        model = self.autoencoder
-        latents = model.activate(model.encode_pre_act(x))
-        recons = model.recombine(latents)
-        active = (latents.detach() != 0).sum(dtype=x.dtype)
+        model, config = self.autoencoder, self.config
+        activation = model.activation
+        pre_act = model.encode_pre_act(x)
+        latents = model.activate_to_train(pre_act, self.mesh)
         self.dead.update_fired((latents.detach() > 0).any(dim=0), len(x) * self.mesh.dp.size, self.mesh.dp)
-        return normalized_mse(recons, x), self.config.l1_coef * normalized_l1(latents, x), recons, active
+        recons = model.add_bypass(model.recombine(latents), x)
+        loss = activation.reconstruction_loss(recons, target, config.mse_scale)
+        for nested in model.nested.dense(model, latents):
+            loss = loss + activation.reconstruction_loss(model.add_bypass(nested, x), target, config.mse_scale)
+        if activation.revives:
+            loss = loss + self._auxk(*self._revived(pre_act), recons, target)
+        of_shard = config.sparsity_coef * activation.sparsity_loss(pre_act, latents, x, model.own)
+        return loss, of_shard, recons, (latents.detach() != 0).sum(dtype=x.dtype)
+
+    def _revived(self, pre_act: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and indices [B, c] of the dead latents that AuxK takes, of pre-activations [B, n]."""
+        chosen, indices = self._select_dead(pre_act.detach())
+        values = pre_act.gather(1, indices).relu()
+        return torch.where(chosen.isneginf(), 0, values), indices
 
     def _move(self, lr: float) -> Tensor:
         """Move what this rank owns by the gradients of what it holds; returns their global norm."""
@@ -153,7 +175,7 @@ class TrainStep:
             if owned is self.autoencoder:
                 yield owned
                 return
-            shard = self.holdings.empty(self.autoencoder.n_latents)
+            shard = self.holdings.empty(self.autoencoder.n_latents, self.mesh.tp)
             self.holdings.copy_owned(shard)
             yield shard
 

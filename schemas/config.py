@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
@@ -24,6 +25,9 @@ class Subject(_Section):
 
     model: str = Field(min_length=1, description="a name or folder that transformer_lens boots, or smollm2")
     hook: str = Field(min_length=1, description="blocks.8.hook_resid_post, or LOCATION.LAYER")
+    output_hook: str | None = Field(
+        None, min_length=1, description="a later hook, for a transcoder: its latents of hook reconstruct what is there"
+    )
     layers: Count | None = Field(None, description="load only the first N blocks")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     masked_positions: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -51,15 +55,38 @@ class Autoencoder(_Section):
     n_latents: Count
     k: Count = 32
     auxk: Annotated[int, Field(ge=0)] = 256
-    activation: Literal["topk", "relu"] = "topk"
+    activation: Literal["topk", "batchtopk", "groupmax", "jumprelu", "relu"] = Field(
+        "topk", description="k is of the first three; jumprelu needs training.l0_coef, relu training.l1_coef"
+    )
+    prefixes: tuple[Count, ...] = Field(
+        (), description="Matryoshka: numbers of latents, ascending, of which the first so many reconstruct alone too"
+    )
+    bandwidth: float = Field(
+        0.1, gt=0, description="of jumprelu: around a threshold, of the activations that move it while it is learned"
+    )
+    skip: bool = Field(False, description="of a transcoder: a linear map from hook to output_hook beside the latents")
     normalize: bool = True
     tied: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.activation == "topk" and self.k > self.n_latents:
+        if self.selects and self.k > self.n_latents:
             raise ValueError(f"k is {self.k}, more than n_latents {self.n_latents}; choose k <= n_latents")
+        if self.activation == "groupmax" and self.n_latents % self.k:
+            raise ValueError(
+                f"k is {self.k}, which does not divide n_latents {self.n_latents}; groupmax needs groups of one size"
+            )
+        bounds = (0, *self.prefixes, self.n_latents)
+        if any(one >= other for one, other in pairwise(bounds)):
+            raise ValueError(
+                f"prefixes are {list(self.prefixes)}; give ascending numbers below n_latents, {self.n_latents}"
+            )
         return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether k says how many latents are active."""
+        return self.activation in ("topk", "batchtopk", "groupmax")
 
 
 class Training(_Section):
@@ -80,6 +107,7 @@ class Training(_Section):
         0.0, ge=0, description="weight of the loss with four times k latents (1/8 in the paper); 0: none"
     )
     l1_coef: float = Field(0.0, ge=0, description="weight of the L1 loss; for activation relu")
+    l0_coef: float = Field(0.0, ge=0, description="weight of the number of active latents; for activation jumprelu")
     dead_tokens: Count = Field(10_000_000, description="tokens without firing after which a latent is dead")
     ema: Fraction = 0.999
     clip_norm: float | None = Field(None, gt=0)
@@ -129,19 +157,39 @@ class Compact(_Section):
     )
 
 
+class Effects(_Section):
+    """What is known of an atom's effects. Where kinds, ranks or votes change, all are made anew."""
+
+    atoms: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="first and last atom, both included; all when absent"
+    )
+    kinds: tuple[Literal["top", "random"], ...] = Field(("top", "random"), min_length=1)
+    ranks: Count = Field(10, description="examples of each kind, the first ones")
+    votes: Count = Field(10, description="tokens in each list of those that an atom raises or lowers most")
+    logits: Count = Field(20, description="tokens that a decoder row raises most, and as many that it lowers most")
+    neighbours: Count = Field(20, description="atoms that point where an atom points, and as many that fire with it")
+    batch_contexts: Count | None = Field(None, description="as training.harvest_batch")
+    unit_examples: Count = Field(1024, description="examples aimed at in one file, the unit of work and of retry")
+
+
 class Evaluate(_Section):
     tokens: Count = 8_192
     batch_contexts: Count = 8
 
 
 class Export(_Section):
+    format: Literal["openai", "site", "html", "saedashboard", "neuronpedia"] = Field(
+        "openai",
+        description="openai: the reference viewer's JSON; site: a folder with the viewer and its data; html: the same "
+        "in one file, for a handful of atoms; saedashboard, neuronpedia: files of these programs",
+    )
     folder: str = "viewer-data"
     atoms: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
         None, description="first and last atom, both included; all when absent"
     )
-    path: str = Field(
-        "{subject}/v5_l8_postmlp/n{n_latents}/k{k}",
-        description="folder of one autoencoder; the default is one that the reference viewer routes to",
+    pick: tuple[Annotated[int, Field(ge=0)], ...] = Field((), max_length=20, description="for html: single atoms")
+    path: str | None = Field(
+        None, description="folder of one autoencoder; where absent, one that the format's readers find"
     )
     decimals: Annotated[int, Field(ge=1, le=9)] = 4
 
@@ -173,6 +221,7 @@ class Run(_Section):
     encode: Encode = Encode()
     compact: Compact = Compact()
     evaluate: Evaluate = Evaluate()
+    effects: Effects = Effects()
     export: Export = Export()
     cluster: Cluster = Cluster()
 
@@ -204,6 +253,7 @@ class Run(_Section):
         if len(set(names)) < len(names):
             raise ValueError(f"autoencoders: the names {', '.join(names)} are not all different; rename one")
         self._check_mesh()
+        self._check_transcoder()
         kept = set(range(self.corpus.context_length)) - set(self.subject.masked_positions)
         if not kept:
             raise ValueError(
@@ -211,10 +261,12 @@ class Run(_Section):
                 f"{self.corpus.context_length}; mask fewer positions"
             )
         activations = {one.activation for one in self.autoencoders or (self.autoencoder,)}
-        if "topk" in activations and self.training.l1_coef > 0:
-            raise ValueError("training.l1_coef is for autoencoder.activation relu; with topk it must be 0")
-        if "relu" in activations and self.training.multi_topk_coef > 0:
-            raise ValueError("training.multi_topk_coef is for autoencoder.activation topk; with relu it must be 0")
+        for key, activation in (("l1_coef", "relu"), ("l0_coef", "jumprelu"), ("multi_topk_coef", "topk")):
+            others = sorted(activations - {activation})
+            if others and getattr(self.training, key) > 0:
+                raise ValueError(
+                    f"training.{key} is for autoencoder.activation {activation}; with {others[0]} it must be 0"
+                )
         if self.training.decay_fraction > 0 and self.training.schedule != "constant":
             raise ValueError(
                 f"training.decay_fraction is for training.schedule constant; {self.training.schedule} falls over the "
@@ -226,6 +278,16 @@ class Run(_Section):
                 f"{self.training.tokens}; lower it or train on more tokens"
             )
         return self
+
+    def _check_transcoder(self) -> None:
+        for one in self.autoencoders or (self.autoencoder,):
+            if self.subject.output_hook is None and one.skip:
+                raise ValueError(f"autoencoder.skip of {one.name} is for transcoders; give subject.output_hook too")
+            if self.subject.output_hook is not None and one.tied:
+                raise ValueError(
+                    f"autoencoder.tied of {one.name} can't be true with subject.output_hook: a transcoder's encoder "
+                    "and decoder are of other places"
+                )
 
     def _check_mesh(self) -> None:
         tp, dp, batch = self.cluster.tp, self.cluster.dp, self.training.batch_tokens

@@ -231,6 +231,7 @@ def saved(mesh: Mesh, config: Any, full: int | None) -> str:
     trainee = Trainee(config, lake, lake.snapshot(), subject, "cpu", mesh, 1)
     x = torch.randn(64, D, generator=torch.Generator().manual_seed(0))
     trainee.start(x)
+    trainee.commit_as(0)
     trainee.step(1, x[mesh.dp.share(len(x))])
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

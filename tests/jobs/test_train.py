@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
+from sae.jobs import checkpoints, trainer
 from sae.jobs.lake import Lake
 from sae.jobs.trainer import Trainer
 from sae.schemas.errors import ConflictError
 from tests.in_process import harvest_all, run_of, train
 from tests.models import tiny_gpt2
-from tests.tiny_run import NAME, Lab
+from tests.tiny_run import NAME, Lab, sae
 
 SHORT = 640  # ten steps
+SAVED_EVERY = 4  # steps
+GIVEN: dict[str, Any] = {"training__tokens": SHORT, "training__checkpoint_tokens": SAVED_EVERY * 64}
 
 
 def state(lab: Lab) -> dict[str, Any]:
@@ -23,24 +26,103 @@ def state(lab: Lab) -> dict[str, Any]:
     return found
 
 
-def test_a_second_training_of_one_autoencoder_commits_nothing(tokenized: Lab, tmp_path: Path) -> None:
+def hashes(lab: Lab) -> list[str]:
+    """Of the last checkpoint's files, weights and training state."""
+    snapshot = Lake(str(lab.lake)).snapshot()
+    return [snapshot.files[path].sha256 for path in checkpoints.paths(state(lab)["checkpoints"][-1])]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tokenized: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """Trained on SHORT tokens, saved three times; not to be changed."""
+    lab = tokenized.copy(tmp_path_factory.mktemp("undisturbed"))
+    train(lab, **GIVEN)
+    return lab
+
+
+@pytest.mark.parametrize("n_saved", [0, 1])
+@pytest.mark.parametrize("late", ["while the other trains", "when the other is done"])
+def test_a_lost_rank_that_still_works_commits_nothing(
+    late: str, n_saved: int, undisturbed: Lab, tokenized: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training that replaced it goes on from the last checkpoint, and comes to the same weights."""
+    monkeypatch.setattr(trainer, "_REPORT_EVERY_S", 0.0)  # after each step
     lab = tokenized.copy(tmp_path)
-    first, second = (Trainer(run_of(lab, training__tokens=SHORT)).train() for _ in range(2))
+    config = run_of(lab, **GIVEN)
+    lost, replacement = (Trainer(config, claim=claim) for claim in (1, 2))
+    of_lost = lost.train()
+    for _ in range(1 + n_saved * SAVED_EVERY):
+        next(of_lost)
+    of_replacement = replacement.train()
+    next(of_replacement)
+    if late == "when the other is done":
+        list(of_replacement)
+    before = lab.bytes()
+    with pytest.raises(ConflictError, match=f"^autoencoder {NAME}: another training of it began later"):
+        list(of_lost)
+    assert lab.bytes() == before
+    list(of_replacement)
+    assert state(lab)["complete"]
+    assert hashes(lab) == hashes(undisturbed)
+    assert lab.query("select count(*) from metrics where metric = 'fvu'").stdout == (
+        undisturbed.query("select count(*) from metrics where metric = 'fvu'").stdout
+    )
+
+
+def test_a_lost_rank_that_has_not_yet_begun_takes_nothing_over(tokenized: Lab, tmp_path: Path) -> None:
+    lab = tokenized.copy(tmp_path)
+    config = run_of(lab, **GIVEN)
+    replacement = Trainer(config, claim=2).train()
+    next(replacement)
+    for claim in (1, 2):
+        with pytest.raises(ConflictError, match="began later"):
+            next(Trainer(config, claim=claim).train())
+    list(replacement)
+    assert state(lab)["complete"]
+
+
+def test_what_a_lost_rank_saves_while_its_replacement_starts_is_gone_on_from(
+    undisturbed: Lab, tokenized: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trainer, "_REPORT_EVERY_S", 0.0)  # after each step
+    lab = tokenized.copy(tmp_path)
+    config = run_of(lab, **GIVEN)
+    of_lost = Trainer(config, claim=1).train()
+    next(of_lost)
+
+    class Slow(Trainer):
+        def _sample(self) -> Any:
+            sample = super()._sample()
+            for _ in range(SAVED_EVERY):
+                next(of_lost)
+            return sample
+
+    of_replacement = Slow(config, claim=2).train()
+    next(of_replacement)
+    assert state(lab)["step"] == SAVED_EVERY
+    with pytest.raises(ConflictError, match="began later"):
+        list(of_lost)
+    list(of_replacement)
+    assert hashes(lab) == hashes(undisturbed)
+
+
+def test_of_two_trainings_of_one_autoencoder_the_later_goes_on(tokenized: Lab, tmp_path: Path) -> None:
+    lab = tokenized.copy(tmp_path)
+    first, second = (Trainer(run_of(lab, **GIVEN)).train() for _ in range(2))
     next(first)
     next(second)
-    assert list(first)
-    before = lab.bytes()
-    with pytest.raises(ConflictError, match="another training of it commits too"):
-        list(second)
-    assert lab.bytes() == before
+    with pytest.raises(ConflictError, match="let only one go on"):
+        list(first)
+    list(second)
+    assert state(lab)["complete"]
 
 
 def test_fewer_tokens_after_an_interruption_complete_the_training(tokenized: Lab, tmp_path: Path) -> None:
     lab = tokenized.copy(tmp_path)
-    trainer = Trainer(run_of(lab))
-    steps = trainer.train()
+    begun = Trainer(run_of(lab))
+    steps = begun.train()
     next(steps)
-    trainer.stop()
+    begun.stop()
     list(steps)
     reached = state(lab)["tokens"]
     assert not state(lab)["complete"]
@@ -81,6 +163,25 @@ def test_another_models_tokens_are_refused(step: str, tokenized: Lab, tmp_path: 
     assert (result.code, len(result.lines)) == (1, 1), result.stderr
     assert f"is tokenized for {lab.folder / 'model'}, now it is {other}" in result.stderr
     assert lab.bytes() == before
+
+
+@pytest.mark.parametrize("step", ["train", "encode", "evaluate", "aggregate"])
+def test_checkpoints_of_an_older_sae_are_told_in_one_line(step: str, finished: Lab, tmp_path: Path) -> None:
+    """They were one file each, and not a list of shards."""
+    lab = finished.copy(tmp_path)
+    key, now = f"autoencoder/{NAME}", state(lab)
+    older = [{**one, **{kind: one[kind][0]["path"] for kind in ("model", "state")}} for one in now["checkpoints"]]
+    with Lake(str(lab.lake)).transaction("test") as transaction:
+        transaction.set(key, {**now, "checkpoints": older})
+        for made in ("aggregate", "decoders", "evaluate"):
+            transaction.set(f"{made}/{NAME}", None)
+    before = lab.bytes()
+    result = lab.sae(step)
+    assert (result.code, len(result.lines)) == (1, 1), result.stderr
+    assert result.lines[0].startswith(f"error: autoencoder {NAME}: its checkpoints are those of an older sae")
+    assert lab.bytes() == before
+    assert sae("status", lab.lake).code == 0
+    assert sae("drop", lab.lake, "--autoencoder", NAME).code == 0
 
 
 @pytest.mark.slow

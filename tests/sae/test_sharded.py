@@ -10,13 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from sae.activations import BatchTopK, GroupMax, JumpReLU
+from sae.collectives import Group, Wait
 from sae.initialise import initialise
+from sae.kernels.update import Gradients
 from sae.losses import fvu
-from sae.mesh import Mesh
+from sae.matryoshka import Nested
+from sae.mesh import BUCKETS, Mesh
 from sae.metrics import reconstruction
 from sae.model import Autoencoder, Identity, ReLU, TopK
 from sae.sharded import latent_axis, part_of
 from sae.training import StepConfig, TrainStep
+from sae.transcoder import Transcoder
 from tests.ranks import Ranks
 
 MESHES = [(2, 1), (1, 2), (2, 2), (1, 4), (1, 8)]
@@ -35,12 +40,18 @@ class Case:
     config: StepConfig = CONFIG
     rows: int = 32
     steps: int = 50
+    nested: tuple[int, ...] = ()
+    transcodes: bool = False
     every_tying: int = 100
     silent: int = 0
     seed: int = 0
 
     def whole(self) -> Autoencoder:
-        model = Autoencoder(self.n, self.d, self.activation, self.tied, self.normalize).double()
+        options: dict[str, Any] = {"normalize": self.normalize, "nested": Nested(self.nested)}
+        if self.transcodes:
+            model: Autoencoder = Transcoder(self.n, 6, self.d - 6, self.activation, skip=True, **options).double()
+        else:
+            model = Autoencoder(self.n, self.d, self.activation, self.tied, **options).double()
         initialise(model, torch.cat(self.batches()[:4]), torch.Generator().manual_seed(self.seed))
         with torch.no_grad():
             if self.every_tying < self.n:
@@ -63,7 +74,14 @@ CASES = {
     "multi-topk, of which some ranks have too few": Case(config=replace(CONFIG, multi_topk_coef=0.125), silent=9),
     "one latent a row": Case(activation=TopK(1), every_tying=7),
     "more latents a row than a rank has": Case(activation=TopK(9)),
-    "relu": Case(activation=ReLU(), config=replace(CONFIG, l1_coef=0.01)),
+    "relu": Case(activation=ReLU(), config=replace(CONFIG, sparsity_coef=0.01)),
+    "batch-topk, with ties and silent latents": Case(activation=BatchTopK(4), normalize=True, every_tying=5, silent=20),
+    "group-max, clipped": Case(activation=GroupMax(8), config=replace(CONFIG, clip=0.4), silent=9),
+    "jump-relu": Case(activation=JumpReLU(1.0, 0.5), config=replace(CONFIG, sparsity_coef=0.01, clip=0.4)),
+    "nested topk": Case(nested=(5, 31), silent=9),
+    "nested batch-topk": Case(activation=BatchTopK(4), nested=(5, 31)),
+    "transcoder": Case(transcodes=True, silent=9, config=replace(CONFIG, clip=0.4)),
+    "nested batch-topk transcoder": Case(activation=BatchTopK(4), transcodes=True, nested=(5, 31), normalize=True),
     "tied": Case(tied=True, every_tying=6, silent=10),
     "tied, identity behind topk, clipped": Case(
         activation=TopK(8, Identity()), tied=True, config=replace(CONFIG, clip=0.4, multi_topk_coef=0.125)
@@ -75,7 +93,7 @@ def trained(mesh: Mesh, case: Case) -> dict[str, Any]:
     """What one rank has after all steps, and the metrics of each."""
     whole = case.whole()
     latents = mesh.held(case.n)
-    held = Autoencoder(len(latents), case.d, case.activation, case.tied, case.normalize, mesh.tp).double()
+    held = whole.like(len(latents), mesh.tp).double()
     held.load_state_dict({**held.state_dict(), **part_of(whole.tensors(), [latents])})
     train = TrainStep(held, case.config, mesh)
     metrics = []
@@ -84,10 +102,17 @@ def trained(mesh: Mesh, case: Case) -> dict[str, Any]:
         metrics.append({name: float(value) for name, value in found.items()})
     with train.averaged_shard() as shard:
         quality = {name: float(value) for name, value in reconstruction(shard, case.batches()[0], mesh.dp).items()}
+        sizes = [shard.config()["n_latents"]]
     with train.averaged() as owned:
         average = {f"average.{name}": tensor.clone() for name, tensor in owned.tensors().items()}
+        sizes.append(owned.config()["n_latents"])
     state = {name: tensor.clone() for name, tensor in train.state_dict().items() if name != "dead.bound"}
-    return {"owned": mesh.owned(case.n), "metrics": [*metrics, quality], "tensors": {**state, **average}}
+    return {
+        "owned": mesh.owned(case.n),
+        "metrics": [*metrics, quality],
+        "tensors": {**state, **average},
+        "sizes": sizes,
+    }
 
 
 def all_trained(mesh: Mesh, cases: list[Case]) -> list[dict[str, Any]]:
@@ -116,6 +141,7 @@ def assembled(parts: list[dict[str, Any]]) -> dict[str, Tensor]:
 def assert_same(case: Case, parts: list[dict[str, Any]]) -> None:
     alone = trained_alone(case)
     for part in parts:
+        assert part["sizes"] == [case.n, case.n], "a part says of how many latents the whole is"
         for mine, expected in zip(part["metrics"], alone["metrics"], strict=True):
             assert mine == pytest.approx(expected, rel=1e-10, abs=1e-12)
     found, expected = assembled(parts), assembled([alone])
@@ -169,6 +195,72 @@ def test_whatever_is_trained(ranks: Ranks, cases: list[Case], mesh: tuple[int, i
     found = ranks.on_mesh(*mesh, all_trained, cases)
     for number, case in enumerate(cases):
         assert_same(case, [of_rank[number] for of_rank in found])
+
+
+class Recording(Group):
+    """Writes down, in order, which exchange was begun and which was waited for; they are counted by kind."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(group._group)
+        self.restart()
+
+    def restart(self) -> None:
+        self._begun = {"sum": 0, "gather": 0}
+        self.events: list[tuple[str, str, int]] = []
+
+    def begin_sum_to_shares(self, whole: Tensor) -> tuple[Tensor, Wait]:
+        out, wait = super().begin_sum_to_shares(whole)
+        return out, self._noted("sum", wait)
+
+    def begin_gather_(self, whole: Tensor) -> Wait:
+        return self._noted("gather", super().begin_gather_(whole))
+
+    def _noted(self, kind: str, wait: Wait) -> Wait:
+        number = self._begun[kind] // len(Gradients._fields)
+        self._begun[kind] += 1
+        self.events.append((kind, "begun", number))
+
+        def waited() -> None:
+            wait()
+            self.events.append((kind, "waited for", number))
+
+        return waited
+
+    def since(self) -> list[tuple[str, str, int]]:
+        """What happened since it was asked last, without what is said again of a bucket's other tensors."""
+        events, self.events = list(dict.fromkeys(self.events)), []
+        return events
+
+
+def exchanged(mesh: Mesh, case: Case) -> list[list[tuple[str, str, int]]]:
+    """What one rank exchanges over dp in each step."""
+    whole, latents, dp = case.whole(), mesh.held(case.n), Recording(mesh.dp)
+    held = Autoencoder(len(latents), case.d, case.activation, case.tied, case.normalize, mesh.tp).double()
+    held.load_state_dict({**held.state_dict(), **part_of(whole.tensors(), [latents])})
+    train = TrainStep(held, case.config, replace(mesh, dp=dp))
+    dp.restart()
+    found = []
+    for x in case.batches():
+        train.step(x[mesh.dp.share(len(x))], 1e-3)
+        found.append(dp.since())
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [None, 0.4])
+def test_a_bucket_is_on_its_way_while_the_next_is_computed(ranks: Ranks, clip: float | None) -> None:
+    """And the new weights still are when the step ends: the next one begins with what needs none."""
+    case = Case(steps=2, config=replace(CONFIG, clip=clip))
+    of_sums = [("begun", 0)]
+    for bucket in range(1, BUCKETS):
+        of_sums += [("begun", bucket), ("waited for", bucket - 1)]
+    of_sums.append(("waited for", BUCKETS - 1))
+    for first, second in ranks.on_mesh(2, 1, exchanged, case):
+        assert [(what, bucket) for kind, what, bucket in first if kind == "sum"] == of_sums
+        begun = [("gather", "begun", bucket) for bucket in range(BUCKETS)]
+        assert [event for event in first if event in begun] == begun
+        assert not {("gather", "waited for", bucket) for bucket in range(BUCKETS)} & {*first}
+        assert second[:BUCKETS] == [("gather", "waited for", bucket) for bucket in range(BUCKETS)]
 
 
 def test_the_averaged_shard_is_the_averaged_autoencoder() -> None:

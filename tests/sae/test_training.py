@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae.activations import BatchTopK, GroupMax, JumpReLU
 from sae.dead_bound import DeadBound
 from sae.initialise import initialise
 from sae.kernels.dispatch import interpreter
 from sae.losses import fvu
+from sae.matryoshka import Nested
 from sae.model import Autoencoder, Identity, ReLU, TopK
 from sae.optimise import DeadLatents
 from sae.schemas.errors import AutoencoderError
@@ -25,8 +27,8 @@ def batches(n: int, rows: int = 32) -> list[Tensor]:
     return [torch.randn(rows, D, generator=generator, dtype=torch.float64) * 2 + 1 for _ in range(n)]
 
 
-def fresh(activation: Any, normalize: bool = False, tied: bool = False) -> Autoencoder:
-    model = Autoencoder(N, D, activation, normalize=normalize, tied=tied).double()
+def fresh(activation: Any, normalize: bool = False, tied: bool = False, nested: Nested | None = None) -> Autoencoder:
+    model = Autoencoder(N, D, activation, normalize=normalize, tied=tied, nested=nested).double()
     initialise(model, torch.cat(batches(4)), torch.Generator().manual_seed(3))
     return model
 
@@ -216,10 +218,19 @@ def test_a_state_of_another_threshold_is_gone_on_from() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "options"),
-    [(TopK(K), {"normalize": True}), (TopK(K), {"tied": True}), (ReLU(), {}), (Identity(), {})],
+    [
+        (TopK(K), {"normalize": True}),
+        (TopK(K), {"tied": True}),
+        (TopK(K), {"nested": Nested((6, 12))}),
+        (ReLU(), {}),
+        (Identity(), {}),
+        (BatchTopK(K), {"nested": Nested((6, 12))}),
+        (GroupMax(K), {}),
+        (JumpReLU(), {}),
+    ],
 )
 def test_resumed_training_has_the_same_bits(activation: Any, options: dict[str, Any]) -> None:
-    config = replace(CONFIG, l1_coef=0.01)
+    config = replace(CONFIG, sparsity_coef=0.01)
     data = [x.float() for x in batches(10)]
     straight = TrainStep(fresh(activation, **options).float(), config)
     state: dict[str, Tensor] = {}
@@ -259,7 +270,7 @@ def test_auxk_revives_latents_that_never_win() -> None:
 
 @pytest.mark.parametrize("activation", [ReLU(), Identity()])
 def test_dense_activations_learn_and_count_their_dead(activation: ReLU | Identity) -> None:
-    train = TrainStep(fresh(activation).float(), replace(CONFIG, l1_coef=0.01))
+    train = TrainStep(fresh(activation).float(), replace(CONFIG, sparsity_coef=0.01))
     history = [train.step(x.float(), 0.01) for x in batches(60)]
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["l0"] > 0
@@ -268,7 +279,7 @@ def test_dense_activations_learn_and_count_their_dead(activation: ReLU | Identit
 
 def test_heavier_l1_makes_relu_sparser() -> None:
     def l0(coef: float) -> float:
-        train = TrainStep(fresh(ReLU()).float(), replace(CONFIG, l1_coef=coef))
+        train = TrainStep(fresh(ReLU()).float(), replace(CONFIG, sparsity_coef=coef))
         return [train.step(x.float(), 0.01)["l0"].item() for x in batches(80)][-1]
 
     assert l0(0.3) < 0.7 * l0(0.0)

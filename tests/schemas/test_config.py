@@ -54,7 +54,7 @@ def test_a_config_is_not_changed_after_validation() -> None:
     [
         ("autoencoder.n_latents", "0", ["got 0", "greater than or equal to 1"]),
         ("autoencoder.n_latents", "many", ["got 'many'", "valid integer"]),
-        ("autoencoder.activation", "gelu", ["got 'gelu'", "'topk' or 'relu'"]),
+        ("autoencoder.activation", "gelu", ["got 'gelu'", "'topk', 'batchtopk'"]),
         ("autoencoder.name", "a/b", ["got 'a/b'", "pattern"]),
         ("subject.dtype", "int8", ["got 'int8'", "'float32', 'bfloat16' or 'float16'"]),
         ("subject.hook", "''", ["got ''", "at least 1 character"]),
@@ -113,6 +113,9 @@ def test_all_faults_are_told_at_once_a_line_each() -> None:
         ({"autoencoder.k": "65"}, ["k is 65", "n_latents 64", "choose k <= n_latents"]),
         ({"subject.masked_positions": "[0, 1]", "corpus.context_length": "2"}, ["masked_positions [0, 1]", "2"]),
         ({"training.l1_coef": "1"}, ["training.l1_coef", "relu", "must be 0"]),
+        ({"training.l0_coef": "1"}, ["training.l0_coef", "jumprelu", "topk", "must be 0"]),
+        ({"autoencoder.activation": "groupmax", "autoencoder.k": "7"}, ["k is 7", "n_latents 64", "groupmax"]),
+        ({"autoencoder.prefixes": "[8, 64]"}, ["prefixes are [8, 64]", "ascending", "below n_latents, 64"]),
         ({"training.tokens": "10"}, ["batch_tokens is 131072", "training.tokens 10"]),
         (
             {"training.schedule": "cosine", "training.decay_fraction": "0.2"},
