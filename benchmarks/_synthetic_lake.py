@@ -3,7 +3,6 @@
 Activations are bounded below, as top-k leaves them. Every run is made from its own seed, so that a lake grows.
 """
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from sae.jobs.cluster import cpu_count
 from sae.jobs.encode import commit_run
 from sae.jobs.lake import Lake, write_views
 from sae.jobs.runs import Plan
@@ -55,7 +55,7 @@ def grow(path: str, shape: Shape, n_runs: int) -> None:
         transaction.set(f"corpus/{CORPUS}", _corpus(shape.plan(n_runs).n_contexts))
         transaction.set(f"autoencoder/{NAME}", _autoencoder(shape))
     missing = [run for run in range(n_runs) if f"encode/{NAME}/{CORPUS}/{run}" not in lake.snapshot().units]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(cpu_count()) as pool:
         for _ in pool.map(partial(_add, path, shape, n_runs), missing):
             pass
     write_views(lake)

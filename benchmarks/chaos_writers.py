@@ -2,7 +2,9 @@
 
 Nothing that was acknowledged may be lost or done twice, no reader may see a part of a commit, and in the end the tables
 are those of the rows that are left, computed anew, with no file in the folder that is not theirs. The writers call what
-the steps call, on drawn activations; they are forked, as starting a process takes seconds.
+the steps call, on drawn activations; they are forked, as starting a process takes seconds. With --store the lake is in
+an emulated object store, and with --faults a share of all requests to it meet errors, broken connections, and answers
+that are cut off or come after the client's time-out.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any, Final
@@ -27,12 +30,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from sae.jobs import aggregate, by_token, compact, drop, encode, formats, ranges
+from benchmarks._emulators import serving
+from sae.jobs import aggregate, by_token, compact, drop, encode, formats, ranges, storage, stores
 from sae.jobs.lake import Lake, connect
 from sae.jobs.runs import Plan, drop_mark, dropped_contexts, outstanding, unit
 from sae.schemas.errors import ConflictError, LakeError
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
+from tests.object_stores import STORES
+from tests.proxies import SLOW_S
 
 NAME, CORPUS = "a", "c"
 N_WRITERS, N_RUNS, CONTEXTS, WIDTH, N_ATOMS, PER_TOKEN = 3, 16, 16, 16, 64, 8
@@ -42,7 +48,7 @@ ENCODING: Final[dict[str, Any]] = {
 }  # fmt: skip
 OPERATIONS = ("encode", "compact", "drop", "gc", "aggregate", "by_token")
 # Longer than any operation and any reader takes; what is older and unused is deleted in their midst.
-GARBAGE_AGE_S = 10.0
+GARBAGE_AGE_S = {"local": 10.0, "store": 60.0}
 # What one writer may tell another that came first.
 EXPECTED = ("meanwhile", "no latents of it")
 Array = npt.NDArray[Any]
@@ -53,23 +59,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=STORES, help="where the lake is; in a local folder when absent")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of the requests to the store that go wrong")
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
+    if args.faults and not args.store:
+        parser.error("--faults: only requests to a store go wrong; give --store as well")
     # Files of several row groups, so that compaction cuts them.
     formats._ROW_GROUP["latents"] = 512
+    if args.faults:
+        stores._TIMEOUT = timedelta(seconds=0.8 * SLOW_S)  # type: ignore[misc]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        lake, notes = f"{folder}/lake", Notes(Path(folder, "notes"))
-        in_a_process(make, lake)
-        killed = disturb(lake, notes, args.kills, random.Random(args.seed))
-        faults = [*notes.of("error"), *in_a_process(faults_of, lake, notes)]
+        # Where killed writers leave what they had not uploaded yet.
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        notes = Notes(Path(folder, "notes"))
+        with place(folder, args.store, args.faults, args.seed) as (lake, requests):
+            in_a_process(make, lake)
+            killed = disturb(lake, notes, args.kills, random.Random(args.seed))
+            faults = [*notes.of("error"), *in_a_process(faults_of, lake, notes)]
         told = Counter(line.split()[0] for line in notes.lines())
     row = {
+        "store": args.store or "local",
         "kills": sum(killed.values()),
         **{f"killed_{operation}": killed[operation] for operation in OPERATIONS},
         "done": told["done"],
         "conflicts": told["conflict"],
         "reader_checks": told["seen"],
+        **requests,
         "faults": len(faults),
         "seconds": round(time.monotonic() - began),
     }
@@ -79,6 +96,16 @@ def main() -> None:
     if args.json:
         print(json.dumps({"benchmark": "chaos_writers", "writers": N_WRITERS, "seed": args.seed, **row}))
     sys.exit(1 if faults else 0)
+
+
+@contextmanager
+def place(folder: str, store: str | None, rate: float, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """The path of the lake, and what its requests to a store met, once they are done."""
+    if store is None:
+        yield f"{folder}/lake", {}
+        return
+    with serving(store, rate, seed) as (bucket, requests):
+        yield f"{bucket}/lake", requests
 
 
 class Notes:
@@ -172,7 +199,7 @@ def drop_one(lake: Lake, draw: random.Random) -> Iterator[object]:
 
 def collect(lake: Lake, draw: random.Random) -> Iterator[object]:
     yield ""
-    lake.collect_garbage(GARBAGE_AGE_S)
+    lake.collect_garbage(GARBAGE_AGE_S["local" if storage.is_local(lake.path) else "store"])
 
 
 def merge(lake: Lake, draw: random.Random) -> Iterator[object]:
@@ -191,8 +218,8 @@ def copy_by_token(lake: Lake, draw: random.Random) -> Iterator[object]:
 WORK: Final = dict(zip(OPERATIONS, (encode_one, compact_some, drop_one, collect, merge, copy_by_token), strict=True))
 
 
-def write(path: str, notes: Notes, seed: int, now: Any, stop: Any) -> None:
-    """`now` is the operation's number within its kind, from 1, and its kind; 0 between two."""
+def write(path: str, notes: Notes, seed: int, now: Any, spans: Any, stop: Any) -> None:
+    """`now` is the operation's number, from 1, and its kind, 0 between two; `spans` is how long kinds took lately."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     draw, lake, number = random.Random(seed), Lake(path), 0
     while not stop.is_set():
@@ -203,6 +230,7 @@ def write(path: str, notes: Notes, seed: int, now: Any, stop: Any) -> None:
         if what is None:
             continue
         notes.add("begin", name, what)
+        began = time.monotonic()
         now.value = number * len(OPERATIONS) + kind
         try:
             next(work, None)
@@ -213,6 +241,7 @@ def write(path: str, notes: Notes, seed: int, now: Any, stop: Any) -> None:
         except BaseException:
             notes.add("error", name, what, traceback.format_exc())
         now.value = 0
+        spans[kind] += (time.monotonic() - began - spans[kind]) / 3
 
 
 # The reader
@@ -266,10 +295,10 @@ def seen(snapshot: Any, connection: Any) -> Iterator[str]:
 
 def disturb(path: str, notes: Notes, kills: int, draw: random.Random) -> Counter[str]:
     """Kills as many writers, each kind of operation as often, at any moment that such operations have."""
-    stop, killed = fork.Event(), Counter[str]()
+    stop, killed, spans = fork.Event(), Counter[str](), fork.RawArray(ctypes.c_double, len(OPERATIONS))
     reader = fork.Process(target=read, args=(path, notes, stop))
     reader.start()
-    with writing(path, notes, draw, stop) as writers:
+    with writing(path, notes, draw, spans, stop) as writers:
         while sum(killed.values()) < kills:
             if any(not process.is_alive() for process, _ in writers) or not reader.is_alive():
                 notes.add("error", "a process ended by itself")
@@ -281,14 +310,14 @@ def disturb(path: str, notes: Notes, kills: int, draw: random.Random) -> Counter
             if not doing or OPERATIONS[doing % len(OPERATIONS)] != wanted:
                 time.sleep(0.0005)
                 continue
-            time.sleep(draw.expovariate(1 / 0.05))
+            time.sleep(draw.uniform(0, 1.2 * spans[doing % len(OPERATIONS)]))
             os.kill(process.pid or 0, signal.SIGSTOP)
             # Stopped, so that it is certain what dies.
             if now.value == doing:
                 process.kill()
                 process.join()
                 killed[wanted] += 1
-                writers[at] = start(path, notes, draw, stop)
+                writers[at] = start(path, notes, draw, spans, stop)
             else:
                 os.kill(process.pid or 0, signal.SIGCONT)
     reader.join()
@@ -296,17 +325,19 @@ def disturb(path: str, notes: Notes, kills: int, draw: random.Random) -> Counter
 
 
 @contextmanager
-def writing(path: str, notes: Notes, draw: random.Random, stop: Any) -> Iterator[list[tuple[ForkProcess, Any]]]:
-    writers = [start(path, notes, draw, stop) for _ in range(N_WRITERS)]
+def writing(
+    path: str, notes: Notes, draw: random.Random, spans: Any, stop: Any
+) -> Iterator[list[tuple[ForkProcess, Any]]]:
+    writers = [start(path, notes, draw, spans, stop) for _ in range(N_WRITERS)]
     yield writers
     stop.set()
     for process, _ in writers:
         process.join()
 
 
-def start(path: str, notes: Notes, draw: random.Random, stop: Any) -> tuple[ForkProcess, Any]:
+def start(path: str, notes: Notes, draw: random.Random, spans: Any, stop: Any) -> tuple[ForkProcess, Any]:
     now = fork.RawValue(ctypes.c_int64, 0)
-    process = fork.Process(target=write, args=(path, notes, draw.getrandbits(32), now, stop))
+    process = fork.Process(target=write, args=(path, notes, draw.getrandbits(32), now, spans, stop))
     process.start()
     return process, now
 
@@ -394,10 +425,9 @@ def wrong_answers(lake: Lake) -> Iterator[str]:
 def left_over(lake: Lake) -> list[str]:
     """Files that remain after garbage was collected and are not the lake's."""
     lake.collect_garbage(0)
-    root = Path(lake.path)
-    found = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+    found = {*storage.list_files(lake.path), *storage.list_files(lake.path, temporary=True)}
     checkpoints = [path for path in found if path.endswith(".checkpoint.json")]
-    log = {str(Path(lake.log.path(version)).relative_to(root)) for version in lake.log.versions()}
+    log = {lake.log.path(version).removeprefix(f"{lake.path}/") for version in lake.log.versions()}
     known = {*lake.snapshot().files, *log, *checkpoints, "_log/last_checkpoint"}
     missing = [f"{path}: missing" for path in sorted({*lake.snapshot().files} - found)]
     return [*missing, *(f"{path}: left over" for path in sorted(found - known)), *checkpoints[2:]]

@@ -3,6 +3,7 @@ beside plain ways to keep and ask the same: token-major Parquet with a writer's 
 safetensors cache of locations and activations.
 
 The lake is made in --folder, or added to where one is there already; --runs 12 hold 95 million nonzeros, 64 hold 500.
+Each question is asked of the runs, of the compacted runs, and of token-major Parquet, by a new connection each time.
 """
 
 import argparse
@@ -15,8 +16,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,14 @@ from safetensors.numpy import save_file
 from benchmarks._report import RESULTS, finish, machine
 from benchmarks._synthetic_lake import CORPUS, NAME, VOCABULARY, Shape, drawn, grow
 from sae.jobs import aggregate, by_token, formats, partials
+from sae.jobs.cluster import cpu_count
 from sae.jobs.lake import Lake, connect
 from sae.jobs.token_cache import open_tokens
 from sae.schemas.tables import SCHEMAS
 from sae.statistics import SortedRun
 
 COLUMNS = ("what", "ours", "alternative", "which", "target")
+PARTS = ("run", "order", "questions", "pages", "tokens")
 MEMORY_LIMIT = "1GB"
 Cells = list[str]
 
@@ -48,20 +52,24 @@ def main() -> None:
     parser.add_argument("--run-tokens", type=int, default=262_144)
     parser.add_argument("--latents", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
         "--save", metavar="FOLDER", nargs="?", const=RESULTS, help="append the table to <date>.md there"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     args = parser.parse_args()
     shape = Shape(args.run_tokens, args.latents, 32)
+    table = []
     with tempfile.TemporaryDirectory(prefix="lake-benchmark-") as scratch:
         folder = args.folder or Path(scratch) / "lake"
         grow(str(folder), shape, args.runs)
-        table = list(measured(folder, Path(scratch), shape, args.rounds))
-    caption = f"{args.runs} runs of {shape.run_tokens:,} tokens, {os.cpu_count()} cores; medians of {args.rounds}."
+        for cells in measured(folder, Path(scratch), shape, args.rounds, args.parts):
+            print("  ".join(cells), file=sys.stderr, flush=True)
+            table.append(cells)
+    caption = f"{args.runs} runs of {shape.run_tokens:,} tokens, {cpu_count()} cores; medians of {args.rounds}."
     result = {
         "benchmark": "lake",
-        "command": "python -m benchmarks.lake",
+        "command": f"python -m benchmarks.lake --runs {args.runs}",
         "machine": machine(torch.device("cpu")),
         "caption": caption,
         "columns": COLUMNS,
@@ -71,18 +79,33 @@ def main() -> None:
     finish(result, args.save, args.json)
 
 
-def measured(folder: Path, scratch: Path, shape: Shape, rounds: int) -> Iterator[Cells]:
-    print("writing a run", file=sys.stderr)
-    yield from of_a_run(scratch, shape, rounds)
-    copy = scratch / "compact"
+def measured(folder: Path, scratch: Path, shape: Shape, rounds: int, parts: Sequence[str]) -> Iterator[Cells]:
+    copy, plain = scratch / "compact", scratch / "plain"
     shutil.copytree(folder, copy, copy_function=os.link)
-    print("compacting", file=sys.stderr)
-    yield from of_compaction(folder, copy, scratch)
-    for name, lake in (("runs", folder), ("compact", copy)):
-        print(f"asking {name}", file=sys.stderr)
-        yield from of_questions(name, lake, rounds)
-    print("asking by token", file=sys.stderr)
-    yield from of_tokens(copy, rounds)
+    if "run" in parts:
+        yield from of_a_run(scratch, shape, rounds)
+    yield from of_compaction(folder, copy, scratch, "order" in parts)
+    if "questions" in parts:
+        write_plain(folder, plain)
+        yield from of_questions("runs", folder, plain, rounds)
+        yield from of_questions("compact", copy, plain, rounds)
+    if "tokens" in parts or "pages" in parts:
+        aggregate.merge(Lake(str(copy)), NAME)
+        open_tokens(Lake(str(copy)), Lake(str(copy)).snapshot(), CORPUS)
+        yield from of_a_page(copy, rounds)
+    if "pages" in parts:
+        yield of_export(copy, scratch)
+    if "tokens" in parts:
+        yield from of_tokens(copy, rounds)
+
+
+def write_plain(lake: Path, folder: Path) -> None:
+    """The runs' rows in the order of tokens, as Parquet with a writer's defaults."""
+    folder.mkdir()
+    for file in Lake(str(lake)).snapshot().select("latents"):
+        rows = pq.read_table(lake / file.path)
+        order = np.lexsort((rows["pos"].to_numpy(), rows["context_id"].to_numpy()))
+        pq.write_table(rows.take(pa.array(order)), folder / f"{file.run}.parquet")
 
 
 def of_a_run(scratch: Path, shape: Shape, rounds: int) -> Iterator[Cells]:
@@ -112,7 +135,7 @@ def of_a_run(scratch: Path, shape: Shape, rounds: int) -> Iterator[Cells]:
     yield ["a run", size, f"{cache.stat().st_size / n:.2f}", "safetensors", "2.95"]
 
 
-def of_compaction(runs: Path, copy: Path, scratch: Path) -> Iterator[Cells]:
+def of_compaction(runs: Path, copy: Path, scratch: Path, ordered: bool) -> Iterator[Cells]:
     config = scratch / "run.yaml"
     config.write_text(json.dumps(run_config(copy)))
     command = [sys.executable, "-m", "sae.jobs.compact", str(config)]
@@ -122,19 +145,11 @@ def of_compaction(runs: Path, copy: Path, scratch: Path) -> Iterator[Cells]:
     mine = time.perf_counter() - began
     files = Lake(str(copy)).snapshot().select("latents")
     rows = sum(file.rows for file in files)
-    out = scratch / "ordered.parquet"
-    query = f"copy (select * from latents order by atom, context_id, pos) to '{out}' (format parquet)"
-    began = time.perf_counter()
-    with peak_memory() as theirs_peak:
-        connection = connect(str(runs))
-        connection.execute(f"set memory_limit = '2GB'; set temp_directory = '{scratch}/spill'")
-        connection.execute(query)
-    theirs = time.perf_counter() - began
-    out.unlink()
+    theirs = order_by(runs, scratch) if ordered else "-"
     yield [
         f"compact {rows / 1e6:.0f}M rows, the command",
         f"{mine:.1f} s, {peak[0] / 1e9:.2f} GB",
-        f"{theirs:.1f} s, {theirs_peak[0] / 1e9:.2f} GB",
+        theirs,
         "DuckDB ORDER BY at 2 GB",
         "60 s of 500M, 2 GB",
     ]
@@ -142,8 +157,22 @@ def of_compaction(runs: Path, copy: Path, scratch: Path) -> Iterator[Cells]:
     yield ["compact", f"{bytes_ / rows:.2f} B a nonzero", "-", "-", "2.85"]
 
 
+def order_by(runs: Path, scratch: Path) -> str:
+    out = scratch / "ordered.parquet"
+    query = f"copy (select * from latents order by atom, context_id, pos) to '{out}' (format parquet)"
+    began = time.perf_counter()
+    with peak_memory() as peak:
+        connection = connect(str(runs))
+        connection.execute(f"set memory_limit = '2GB'; set temp_directory = '{scratch}/spill'")
+        connection.execute(query)
+    seconds = time.perf_counter() - began
+    out.unlink()
+    return f"{seconds:.1f} s, {peak[0] / 1e9:.2f} GB"
+
+
 def run_config(lake: Path) -> dict[str, Any]:
     return {
+        "export": {"folder": str(lake.parent / "json")},
         "lake": str(lake),
         "subject": {"model": "none", "hook": "none"},
         "corpus": {"name": "synthetic", "paths": ["none"], "context_length": 64},
@@ -152,43 +181,78 @@ def run_config(lake: Path) -> dict[str, Any]:
     }
 
 
-ONE_ATOM = "select count(*), sum(act), max(act) from latents where atom = $1"
+ONE_ATOM = "select count(*), sum(act), max(act) from {} where atom = $1"
+EVERY = "select atom, count(*), sum(act::double), sum(act::double ** 2), max(act) from {} group by atom"
 
 
-def of_questions(name: str, folder: Path, rounds: int) -> Iterator[Cells]:
-    connection = connect(str(folder))
-    connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
-    every = "select atom, count(*), sum(act::double), sum(act::double ** 2), max(act) from latents group by atom"
-    yield asked(name, "statistics of all atoms, from rows", connection, every, rounds, "3 s of 100M")
+def of_questions(name: str, folder: Path, plain: Path, rounds: int) -> Iterator[Cells]:
+    lake, tokens = Lake(str(folder)), f"read_parquet('{plain}/*.parquet')"
+    which = "token-major Parquet"
+
+    def every(connection: duckdb.DuckDBPyConnection, table: str) -> str:
+        connection.execute(f"set memory_limit = '{MEMORY_LIMIT}'")
+        return f"{median(lambda: connection.execute(EVERY.format(table)).fetchall(), rounds):.2f} s"
+
+    mine, theirs = every(connect(lake.path), "latents"), every(duckdb.connect(), tokens)
+    yield [f"{name}: statistics of all atoms, from rows, at 1 GB", mine, theirs, which, "3 s of 100M"]
+    moments = lake.snapshot().select("moments", autoencoder=NAME)
+    n_latents = lake.snapshot().properties[f"autoencoder/{NAME}"]["n_latents"]
     if name == "runs":
-        lake = Lake(str(folder))
-        n = connection.execute("select max(atom) + 1 from moments").fetchall()[0][0]
-        took = median(
-            lambda: list(partials.atoms(lake, lake.snapshot().select("moments", autoencoder=NAME), n)), rounds
+        took = median(lambda: list(partials.atoms(lake, moments, n_latents)), rounds)
+        yield [f"{name}: statistics of all atoms, from partials", f"{took:.2f} s", theirs, which, "1 s of 500M"]
+    counts = connect(lake.path).execute("select atom from moments group by atom order by sum(n_active) desc, atom")
+    atoms = [atom for (atom,) in counts.fetchall()]
+    for title, at in (("hot", 0), ("middle", len(atoms) // 2), ("rare", len(atoms) - len(atoms) // 100 - 1)):
+        asked = [atoms[at]]
+        pruned = partial(connect, lake.path, atoms=(atoms[at], atoms[at]))
+        ours = median(lambda: pruned().execute(ONE_ATOM.format("latents"), asked).fetchall(), 5 * rounds)  # noqa: B023
+        bare = median(lambda: duckdb.connect().execute(ONE_ATOM.format(tokens), asked).fetchall(), rounds)  # noqa: B023
+        yield [f"{name}: one atom, {title}", f"{ours * 1000:.1f} ms", f"{bare * 1000:.0f} ms", which, "10 ms"]
+    first = f"{first_connection(lake.path, atoms[0]) * 1000:.0f} ms"
+    bare_first = f"{median(lambda: duckdb.connect().close(), rounds) * 1000:.0f} ms"
+    yield [f"{name}: the first connection of a process, and a hot atom", first, bare_first, "duckdb.connect alone", "-"]
+
+
+def first_connection(path: str, atom: int) -> float:
+    program = (
+        "import time; from sae.jobs import databases; from sae.jobs.lake import connect; start = time.perf_counter()\n"
+        f"connect({path!r}, atoms=({atom}, {atom})).execute({ONE_ATOM.format('latents')!r}, [{atom}]).fetchall()\n"
+        "print(time.perf_counter() - start)"
+    )
+    return float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
+
+
+def of_a_page(folder: Path, rounds: int) -> Iterator[Cells]:
+    atoms = connect(str(folder)).execute("select atom from atoms order by n_active desc").fetchall()
+    for title, at in (("hot", 0), ("middle", len(atoms) // 2), ("rare", len(atoms) - len(atoms) // 100 - 1)):
+        query = f"from atom_examples('{NAME}', {atoms[at][0]}, 'top')"
+        already, new = open_and_new(str(folder), query, 3 * rounds)
+        what = f"compact: top 50 with tokens, {title}, new connection"
+        yield [what, f"{new * 1000:.0f} ms", f"{already * 1000:.0f} ms", "connected already", "40 ms"]
+
+
+def of_export(folder: Path, scratch: Path) -> Cells:
+    config = scratch / "export.yaml"
+    config.write_text(json.dumps(run_config(folder)))
+    began = time.perf_counter()
+    with peak_memory() as peak:
+        subprocess.run(
+            [sys.executable, "-m", "sae.jobs.export", str(config)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        yield [f"{name}: statistics of all atoms, from partials", f"{took:.2f} s", "-", "-", "1 s of 500M"]
-    counts = connection.execute("select atom from moments group by atom order by sum(n_active) desc, atom").fetchall()
-    for title, at in (("hot", 0), ("middle", len(counts) // 2), ("rare", len(counts) - len(counts) // 100 - 1)):
-        atom = counts[at][0]
-        new = median(lambda atom=atom: connect(str(folder)).execute(ONE_ATOM, [atom]).fetchall(), rounds)  # type: ignore[misc]
-        open_ = median(lambda atom=atom: connection.execute(ONE_ATOM, [atom]).fetchall(), rounds)  # type: ignore[misc]
-        yield [
-            f"{name}: one atom, {title}",
-            f"{new * 1000:.0f} ms",
-            f"{open_ * 1000:.1f} ms",
-            "connected already",
-            "10 ms",
-        ]
+    took = time.perf_counter() - began
+    files = [file.stat().st_size for file in (scratch / "json").rglob("atoms/*.json")]
+    what = f"JSON of {len(files):,} atoms, {sum(files) / 1e9:.1f} GB"
+    return [what, f"{took:.1f} s, {peak[0] / 1e9:.2f} GB", "-", "-", "45 s of 100M, 2 GB"]
 
 
 def of_tokens(folder: Path, rounds: int) -> Iterator[Cells]:
-    """Questions that begin with a document or a token, and a page: beside the same without the copy and the arrays."""
+    """Questions that begin with a document or a token, beside the same without the copy."""
     lake = Lake(str(folder))
-    aggregate.merge(lake, NAME)
     context = lake.snapshot().properties[f"corpus/{CORPUS}"]["n_contexts"] // 2
-    atom = connect(lake.path).execute("select atom from atoms order by n_active desc limit 1").fetchall()[0][0]
     questions = {
-        "top 50 with tokens": (f"from atom_examples('{NAME}', {atom}, 'top')", "40 ms"),
         "atoms of a document": (f"from document_atoms('{NAME}', {context})", "-"),
         "latents of a context": (f"from context_latents('{NAME}', {context})", "-"),
         "atoms on a rare token": (f"from token_atoms('{NAME}', ' w{VOCABULARY - 257}')", "-"),
@@ -198,11 +262,10 @@ def of_tokens(folder: Path, rounds: int) -> Iterator[Cells]:
     began = time.perf_counter()
     by_token.refresh(lake, NAME, 800 * 10**6)
     took = time.perf_counter() - began
-    open_tokens(lake, lake.snapshot(), CORPUS)
     for (title, (query, target)), plain in zip(questions.items(), without, strict=True):
         mine = open_and_new(lake.path, query, rounds)
         for how, ours, theirs in zip(("connected already", "with connecting"), mine, plain, strict=True):
-            which = "without copy by token and arrays"
+            which = "without copy by token"
             yield [f"compact: {title}, {how}", f"{ours * 1000:.0f} ms", f"{theirs * 1000:.0f} ms", which, target]
     files = lake.snapshot().select(by_token.TABLE)
     n = sum(file.rows for file in files)
@@ -215,11 +278,6 @@ def open_and_new(path: str, query: str, rounds: int) -> tuple[float, float]:
     connection = connect(path)
     already = median(lambda: connection.execute(query).fetchall(), rounds)
     return already, median(lambda: connect(path).execute(query).fetchall(), rounds)
-
-
-def asked(name: str, title: str, connection: duckdb.DuckDBPyConnection, query: str, rounds: int, target: str) -> Cells:
-    took = median(lambda: connection.execute(query).fetchall(), rounds)
-    return [f"{name}: {title}", f"{took:.2f} s", "-", "-", target]
 
 
 def median(work: Callable[[], object], rounds: int) -> float:

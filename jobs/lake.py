@@ -22,13 +22,13 @@ import duckdb
 import pyarrow as pa
 
 from sae.jobs import formats, storage, views
-from sae.jobs.lake_files import LakeFiles
 from sae.jobs.log import CHECKPOINT_EVERY, FORMAT, Log, sealed
+from sae.jobs.recent import Recent
 from sae.jobs.snapshots import DataFile, Snapshot
 from sae.jobs.views import Range
-from sae.schemas.errors import ConfigError, ConflictError, LakeError, StorageError
+from sae.schemas.errors import ConflictError, LakeError, StorageError
 
-__all__ = ["DataFile", "Lake", "Range", "Snapshot", "Transaction", "connect", "open_tables", "write_views"]
+__all__ = ["DataFile", "Lake", "Range", "Snapshot", "Transaction", "connect", "write_views"]
 
 VIEWS_FILE: Final = "views.sql"
 TENSORBOARD_FOLDER: Final = "tensorboard"
@@ -40,6 +40,8 @@ _OWN_FILE: Final = re.compile(f"{_DATA_FILE}|{_TEMPORARY}|{_CHECKPOINT.pattern}"
 _CREATED: Final = "%Y-%m-%dT%H:%M:%SZ"
 _LONG_AGO: Final = "1970-01-01T00:00:00Z"
 _FEW_FILES: Final = 16  # of an object store, up to which asking for each is cheaper than a listing
+
+_snapshots: Final = Recent[str, Snapshot](8)
 
 
 class Lake:
@@ -61,14 +63,21 @@ class Lake:
         """The newest version, or the one asked for."""
         latest = self._latest  # threads share a lake: what one of them read is whole
         if latest.version < 0:
-            latest = self.log.checkpoint()
+            latest = self._remembered() or self.log.checkpoint()
         self._latest = latest = latest.apply(self.log.entries(latest.version + 1))
+        _snapshots.put(self.path, latest)
         if version is None or version == latest.version:
             return latest
         if not 0 <= version < latest.version:
             raise LakeError(f"{self.path}: no version {version}; versions go from 0 to {latest.version}")
         before = self.log.checkpoint(version)
         return before.apply(itertools.islice(self.log.entries(before.version + 1), version - before.version))
+
+    def _remembered(self) -> Snapshot | None:
+        """What another Lake of this process read here last, if it is still the beginning of this log."""
+        found = _snapshots.get(self.path)
+        entry = self.log.entry(found.version) if found and found.entry else None
+        return found if found and entry and entry.get("sha256") == found.entry else None
 
     def transaction(self, operation: str, unit: str | None = None, began: float | None = None) -> "Transaction":
         """What is committed notes how long it took: since `began`, in seconds since the epoch, or since now."""
@@ -125,17 +134,9 @@ class Lake:
         used = self._used_since(deadline)
         # A reader that has just read which checkpoint is the last one finds it.
         spared = sorted(filter(_CHECKPOINT.fullmatch, found))[-2:]
-        garbage = [
-            path
-            for path in found
-            if path not in used
-            and path not in spared
-            and _OWN_FILE.fullmatch(path)
-            and storage.modified(self.absolute(path)) < deadline
-        ]
-        for path in garbage:
-            storage.remove(self.absolute(path))
-        return garbage
+        unused = [path for path in found if path not in used and path not in spared and _OWN_FILE.fullmatch(path)]
+        removed = storage.remove_older(map(self.absolute, unused), deadline)
+        return [path for path in unused if self.absolute(path) in removed]
 
     def _used_since(self, time_s: float) -> set[str]:
         """Paths of the newest version, and of those that were the newest at that time or later.
@@ -341,45 +342,15 @@ def connect(
     """A DuckDB connection with a view for every table of the lake at one version, and the macros of schemas/sql.
 
     With `atoms` or `contexts`, first and last, the tables that have such a key show only those rows, and files that
-    hold none of them are never opened. Raises LakeError when a file of that version is missing or truncated.
+    hold none of them are not asked. Raises LakeError when a file of that version is missing or truncated.
+
+    Connections of a process to one version share a database, as DuckDB's connections to one file do: its settings
+    and what it holds of files. What a connection creates is its own.
     """
+    from sae.jobs import databases  # which are of lakes
+
     lake = Lake(path)
-    return open_tables(lake, lake.snapshot(version), atoms=atoms, contexts=contexts)
-
-
-def open_tables(
-    lake: Lake, snapshot: Snapshot, *, atoms: Range | None = None, contexts: Range | None = None
-) -> duckdb.DuckDBPyConnection:
-    """`connect` for a version that is read already."""
-    bounds = {key: bound for key, bound in (("atom", atoms), ("context_id", contexts)) if bound is not None}
-    for key, (first, last) in bounds.items():
-        if first > last:
-            raise ConfigError(f"{key}: got {first} to {last}; give the first and the last that you want, in this order")
-    tables = (file for file in snapshot.files.values() if file.table in views.TABLES)
-    _check_readable(lake, snapshot, [file for file in tables if views.may_show(file, bounds)])
-    connection = duckdb.connect()
-    if not storage.is_local(lake.path):
-        sizes = {lake.absolute(file): file.bytes for file in snapshot.files.values()}
-        connection.register_filesystem(LakeFiles(sizes))
-    connection.execute(views.statements(lake.path, snapshot.files.values(), snapshot.properties, bounds))
-    from sae.jobs import token_sql  # which is made of lakes
-
-    token_sql.use_arrays(connection, lake, snapshot)
-    return connection
-
-
-def _check_readable(lake: Lake, snapshot: Snapshot, files: list[DataFile]) -> None:
-    try:
-        lake.verified(files)
-    except LakeError:
-        used = lake.snapshot().files
-        gone = [file.path for file in files if file.path not in used and not storage.exists(lake.absolute(file))]
-        if not gone:
-            raise
-        raise LakeError(
-            f"{lake.path}: version {snapshot.version} can no longer be read, {len(gone)} of its files were deleted by "
-            f"sae gc ({gone[0]}); ask for a newer version, the newest is {lake.snapshot().version}"
-        ) from None
+    return databases.connection(lake, lake.snapshot(version), views.bounds(atoms, contexts))
 
 
 def write_views(lake: Lake) -> None:

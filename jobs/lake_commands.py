@@ -16,8 +16,9 @@ import duckdb
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sae.jobs import by_token, formats, token_cache
-from sae.jobs.lake import DataFile, Lake, Range, Snapshot, connect, write_views
+from sae.jobs import by_token, databases, formats, token_cache, views
+from sae.jobs.lake import DataFile, Lake, Range, Snapshot, write_views
+from sae.jobs.origin import digest
 from sae.jobs.progress import say
 from sae.jobs.ranges import size, united
 from sae.jobs.verify import damages
@@ -158,6 +159,10 @@ def _unfinished(snapshot: Snapshot) -> Iterator[str]:
             yield f"copy by token of {name} ({len(left)} runs have none)"
         if moments and merged.get(name) != sorted(file.sha256 for file in moments):
             yield f"aggregate of {name}"
+    for name, source in _named(snapshot, "effects").items():
+        now = merged.get(name)
+        if now is None or source["aggregate"] != digest(now):
+            yield f"effects of {name} (made of other examples)"
 
 
 def _print_rows(title: str, rows: Rows) -> None:
@@ -202,7 +207,9 @@ def sql(given: Namespace) -> None:
     Raises ConfigError, before anything is run, where a statement could write a file.
     """
     query = sys.stdin.read() if given.query == "-" else given.query
-    connection = connect(given.lake, given.version, atoms=given.atoms, contexts=given.contexts)
+    lake = Lake(given.lake)
+    bounds = views.bounds(given.atoms, given.contexts)
+    connection = databases.connection(lake, lake.snapshot(given.version), bounds, shared=False)
     # Some settings name files that DuckDB writes.
     connection.execute("set lock_configuration = true")
     try:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ from sae.schemas.errors import LakeError, StorageError
 
 FORMAT: Final = 1
 CHECKPOINT_EVERY: Final = 64
+_MOST_AT_ONCE: Final = 32  # entries, of which those behind the log's end are asked for in vain
 _FOLDER: Final = "_log"
 _HINT: Final = "last_checkpoint"
 _ENTRY: Final = re.compile(r"(\d{20})\.json")
@@ -70,10 +72,22 @@ class Log:
         return entry
 
     def entries(self, version: int) -> Iterator[Entry]:
-        """The entries from a version on."""
-        while (entry := self.entry(version)) is not None:
-            yield entry
-            version += 1
+        """The entries from a version on, up to the first that is missing."""
+        n_asked = 1
+        while True:
+            for entry in self._each(range(version, version + n_asked)):
+                if entry is None:
+                    return
+                yield entry
+            version, n_asked = version + n_asked, min(2 * n_asked, _MOST_AT_ONCE)
+
+    def _each(self, versions: range) -> Iterator[Entry | None]:
+        """The entries of versions, asked for together where each takes a way to a store and back."""
+        if storage.is_local(self._lake) or len(versions) == 1:
+            yield from map(self.entry, versions)
+            return
+        with ThreadPoolExecutor(len(versions)) as pool:
+            yield from pool.map(self.entry, versions)
 
     def link(self, entry: Entry) -> bool:
         """Puts a sealed entry into the log as its version; False when another writer was first.

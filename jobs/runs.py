@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -132,13 +132,29 @@ def each_run(
     with `overlap` by several threads, so that one run can be computed while others are written. A worker that dies is
     replaced and its runs done again.
     """
+    sizes = {run: plan.size(run) for run in missing}
+    return each_unit(config, step, worker, arguments, n_workers, sizes, plan.n_contexts, "contexts", overlap)
+
+
+def each_unit(
+    config: Run,
+    step: str,
+    worker: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    n_workers: int,
+    sizes: Mapping[int, int],
+    total: int,
+    things: str,
+    overlap: bool = False,
+) -> int:
+    """As `each_run`, for units of work that are given by number, with how many of the `total` things each has."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.enable_operator_progress_bars = False
-    n_workers = min(n_workers, len(missing))
+    n_workers = min(n_workers, len(sizes))
     rows = 0
     try:
-        done = ray.data.from_items([{"run": run} for run in missing], override_num_blocks=len(missing)).map_batches(
+        done = ray.data.from_items([{"run": unit} for unit in sizes], override_num_blocks=len(sizes)).map_batches(
             _Worker,
             fn_constructor_args=(worker, (config, *arguments, n_workers)),
             batch_size=1,
@@ -149,13 +165,12 @@ def each_run(
             ),
             **cluster.worker_options(config, n_workers),
         )
-        before = plan.n_contexts - sum(map(plan.size, missing))
-        with progress.bar(step, plan.n_contexts, "contexts", before) as bar:
+        with progress.bar(step, total, things, total - sum(sizes.values())) as bar:
             for row in done.iter_rows():
                 if row["error"]:
                     raise cast(SaeError, getattr(errors, row["error"])(row["message"]))
                 rows += row["rows"]
-                bar.advance(plan.size(row["run"]))
+                bar.advance(sizes[row["run"]])
     except RayError as error:
         raise cluster.cause(error) from None
     return rows

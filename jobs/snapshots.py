@@ -36,12 +36,16 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the lake holds at one version; version -1 is a lake with nothing in it."""
+    """What the lake holds at one version; version -1 is a lake with nothing in it.
+
+    `entry` is the sha256 of the last log entry, by which two lakes that lay at one path are told apart.
+    """
 
     version: int = -1
     files: Mapping[str, DataFile] = field(default_factory=dict)
     properties: Mapping[str, Any] = field(default_factory=dict)
     units: frozenset[str] = frozenset()
+    entry: str | None = field(default=None, compare=False)
 
     def select(
         self,
@@ -63,14 +67,15 @@ class Snapshot:
 
     def apply(self, entries: Iterable[dict[str, Any]]) -> "Snapshot":
         """The snapshot after further log entries."""
-        version, files, properties, units = (
+        version, files, properties, units, last = (
             self.version,
             dict(self.files),
             dict(self.properties),
             set(self.units),
+            self.entry,
         )
         for entry in entries:
-            version = entry["version"]
+            version, last = entry["version"], entry.get("sha256")
             for path in entry["remove"]:
                 files.pop(path, None)
             files.update((value["path"], DataFile.from_json(value)) for value in entry["add"])
@@ -78,7 +83,7 @@ class Snapshot:
             units.difference_update(entry["forget"])
             units.update([entry["unit"]] if entry["unit"] else [])
         kept = {key: value for key, value in properties.items() if value is not None}
-        return Snapshot(version, files, kept, frozenset(units))
+        return Snapshot(version, files, kept, frozenset(units), last)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -91,4 +96,4 @@ class Snapshot:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Snapshot":
         files = {each["path"]: DataFile.from_json(each) for each in value["files"]}
-        return cls(value["version"], files, value["properties"], frozenset(value["units"]))
+        return cls(value["version"], files, value["properties"], frozenset(value["units"]), value.get("entry"))

@@ -6,6 +6,7 @@ from the moment that its name is visible, wherever it is.
 """
 
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -30,9 +31,11 @@ from sae.jobs.storage_errors import reading as reading
 from sae.schemas.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
+_SCRATCH_PREFIX = ".sae-"
+_SCRATCH_AGE_S = 86_400.0  # longer than anybody writes or copies a file
 _WILDCARD = re.compile(r"[*?]")
 _COPY_BYTES = 16 << 20
-_UPLOADS = 8  # at once
+_REQUESTS = 8  # to a store at once
 
 _WRITE_REMEDIES = {
     errno.ENOSPC: "free some space or use another disk",
@@ -110,8 +113,12 @@ def open_object(path: str, size: int | None = None) -> BinaryIO:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """Read a part of an object of a store, at least a byte; `stop` is behind its end."""
+    """Read a part of a file, at least a byte; `stop` is behind its end."""
     with reading(path):
+        if is_local(path):
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
         return stores.read_range(path, start, stop)
 
 
@@ -328,7 +335,7 @@ def write_together(folder: str, files: Iterable[tuple[str, bytes]]) -> None:
         StorageError: as `staged`.
     """
     if not is_local(folder):
-        with ThreadPoolExecutor(_UPLOADS) as pool:
+        with ThreadPoolExecutor(_REQUESTS) as pool:
             for _ in pool.map(lambda file: write_atomic(join(folder, file[0]), file[1]), files):
                 pass
         return
@@ -355,12 +362,24 @@ def write_together(folder: str, files: Iterable[tuple[str, bytes]]) -> None:
 @contextmanager
 def _scratch() -> Iterator[str]:
     """Give the path of a file that does not exist yet, in the folder that TMPDIR names; it is deleted afterwards."""
-    temporary = os.path.join(tempfile.gettempdir(), TEMPORARY_PREFIX + uuid.uuid4().hex)
+    _remove_old_scratch(tempfile.gettempdir())
+    temporary = os.path.join(tempfile.gettempdir(), _SCRATCH_PREFIX + uuid.uuid4().hex)
     try:
         yield temporary
     finally:
         with suppress(OSError):
             os.unlink(temporary)
+
+
+@functools.cache
+def _remove_old_scratch(folder: str) -> None:
+    """Delete, once in a process, what processes that were killed left in the folder."""
+    oldest = time.time() - _SCRATCH_AGE_S
+    for entry in os.scandir(folder):
+        if re.fullmatch(re.escape(_SCRATCH_PREFIX) + "[0-9a-f]{32}", entry.name):
+            with suppress(OSError):  # another user's, or gone already
+                if entry.stat(follow_symlinks=False).st_mtime < oldest:
+                    os.unlink(entry.path)
 
 
 def put_if_absent(path: str, data: bytes) -> bool:
@@ -415,6 +434,19 @@ def remove(path: str) -> None:
         return
     with _writing(path), suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def remove_older(paths: Iterable[str], than_s: float) -> set[str]:
+    """Remove those of the files that were last written before a time in seconds since the epoch; returns them."""
+
+    def remove_if_older(path: str) -> str | None:
+        if modified(path) >= than_s:
+            return None
+        remove(path)
+        return path
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return {path for path in pool.map(remove_if_older, paths) if path is not None}
 
 
 def list_files(folder: str, *, temporary: bool = False) -> list[str]:

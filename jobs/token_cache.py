@@ -63,6 +63,11 @@ class Tokens:
         rows = np.repeat(start - ends[:-1], lengths) + np.arange(ends[-1])
         return self.token_ids[rows], ends, self.doc_id[ordinal]
 
+    def at(self, context_id: Array, pos: Array) -> Array:
+        """Token ids [m] at positions of contexts [m] that the corpus has."""
+        found: Array = self.token_ids[self.offsets[context_id - self.first_context] + pos]
+        return found
+
 
 def open_tokens(lake: Lake, snapshot: Snapshot, corpus: str) -> Tokens:
     """The arrays of a corpus as the snapshot has it, made first where they are not there."""

@@ -20,26 +20,30 @@ Array = npt.NDArray[Any]
 Corpora = Mapping[int, tuple[str, Tokens]]
 
 _CONTEXT: Final = "STRUCT(corpus VARCHAR, doc_id BIGINT, token_ids INTEGER[])"
+EXAMPLES: Final = "example_contexts_mapped"
 _FIELDS: Final = ("corpus", "doc_id", "token_ids")
 _open: weakref.WeakSet[duckdb.DuckDBPyConnection] = weakref.WeakSet()
 
 
-def use_arrays(connection: duckdb.DuckDBPyConnection, lake: Lake, snapshot: Snapshot) -> None:
-    """Has a connection read the contexts of examples from arrays, if all that were encoded have them; makes none."""
+def mapped_corpora(lake: Lake, snapshot: Snapshot) -> Corpora:
+    """The arrays of the corpora that were encoded, if all of them have some; makes none."""
     corpora: dict[int, tuple[str, Tokens]] = {}
     for corpus in sorted({str(file.corpus) for file in snapshot.select("moments")}):
         tokens = find_tokens(lake, snapshot, corpus)
         if tokens is None:
-            return
+            return {}
         corpora[tokens.first_context >> CORPUS_SHIFT] = corpus, tokens
-    if not corpora:
-        return
+    return corpora
+
+
+def use_arrays(connection: duckdb.DuckDBPyConnection, corpora: Corpora) -> None:
+    """Has a database read the contexts of examples from arrays."""
 
     def context_of(context_id: pa.ChunkedArray) -> pa.Array:
         return contexts_of(corpora, context_id.to_numpy())
 
     connection.create_function("context_of", context_of, ["BIGINT"], _CONTEXT, type=PythonUDFType.ARROW)
-    connection.execute(views.query("example_contexts_mapped"))
+    connection.execute(views.query(EXAMPLES))
     _open.add(connection)
 
 

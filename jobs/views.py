@@ -1,12 +1,13 @@
 """The SQL that opens a lake version: a view per table over exactly the files of that version, then the macros."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any, Final, Protocol
 
 import pyarrow as pa
 
 from sae.jobs import ranges
+from sae.schemas.errors import ConfigError
 from sae.schemas.tables import SCHEMAS
 
 # What a table's file is about but does not repeat in every row.
@@ -23,6 +24,9 @@ _PER_FILE: Final[dict[str, tuple[str, ...]]] = {
     "atoms": ("autoencoder",),
     "examples": ("autoencoder",),
     "decoders": ("autoencoder",),
+    "effects": ("autoencoder",),
+    "logits": ("autoencoder",),
+    "neighbours": ("autoencoder",),
     "metrics": ("autoencoder", "corpus"),
 }
 TABLES: Final = frozenset(_PER_FILE)
@@ -32,7 +36,9 @@ Bounds = Mapping[str, Range]
 """Of the rows that are shown, first and last value of a key: atom or context_id."""
 # Which attribute of a file says what values of the key are in it.
 _RANGES: Final = {"atom": "atoms", "context_id": "contexts"}
+_KEYS: Final = {table: [key for key in _RANGES if key in SCHEMAS[table].names] for table in _PER_FILE}
 _EVERY_ID: Final = (0, 2**63 - 1)
+_EVERY: Final = {"atom": (0, 2**31 - 1), "context_id": _EVERY_ID}
 
 _RUNS: Final = {
     "autoencoder": "VARCHAR",
@@ -94,31 +100,85 @@ def query(name: str) -> str:
     return resources.files("sae.schemas").joinpath("sql", f"{name}.sql").read_text(encoding="utf-8")
 
 
+def bounds(atoms: Range | None = None, contexts: Range | None = None) -> Bounds:
+    """Of the ranges that are given; raises ConfigError where one ends before it begins."""
+    given = {key: bound for key, bound in (("atom", atoms), ("context_id", contexts)) if bound is not None}
+    for key, (first, last) in given.items():
+        if first > last:
+            raise ConfigError(f"{key}: got {first} to {last}; give the first and the last that you want, in this order")
+    return given
+
+
 def may_show(file: File, bounds: Bounds) -> bool:
     """Whether any row of a table's file can lie within the bounds, as the manifest has it."""
-    ranges = ((getattr(file, _RANGES[key]), bounds[key]) for key in _keys(file.table, bounds))
-    return all(held is None or (held[0] <= high and low <= held[1]) for held, (low, high) in ranges)
+    for key in _keys(file.table, bounds):
+        held, (low, high) = getattr(file, _RANGES[key]), bounds[key]
+        if held is not None and not (held[0] <= high and low <= held[1]):
+            return False
+    return True
 
 
 def _keys(table: str, bounds: Bounds) -> list[str]:
     """The bounded keys that the table has."""
-    return [key for key in bounds if key in SCHEMAS[table].names]
+    return [key for key in _KEYS[table] if key in bounds]
 
 
-def statements(root: str, files: Iterable[File], properties: Mapping[str, Any], bounds: Bounds | None = None) -> str:
+def statements(root: str, files: Collection[File], properties: Mapping[str, Any], bounds: Bounds | None = None) -> str:
     """CREATE statements for all views and macros of a lake version at `root`, of rows within the bounds."""
-    by_table: dict[str, list[File]] = {table: [] for table in _PER_FILE}
-    for file in files:
-        if file.table in by_table:
-            by_table[file.table].append(file)
-    branches = {table: _branches(root, table, by_table[table], bounds or {}) for table in _PER_FILE}
-    branches["latents_by_token"] += _not_by_token(root, by_table, bounds or {})
-    views = [_table_view(table, each) for table, each in branches.items()]
-    views.append(_values_view("runs", _RUNS, _runs(by_table["moments"])))
+    views = _table_views(root, files, bounds or {}, TABLES)
+    views.append(_values_view("runs", _RUNS, _runs([file for file in files if file.table == "moments"])))
     views.append(_values_view("autoencoders", _AUTOENCODERS, _autoencoders(properties)))
     views.append(_values_view("corpora", _CORPORA, _properties(properties, "corpus")))
     views.append(query("example_contexts"))
     return "\n".join([*views, *_macros()])
+
+
+def limited_statements() -> str:
+    """CREATE statements for a schema of views that hide those of `statements` and show what lies within a connection's
+    bounds: variables that `within` sets.
+    """
+    views = [
+        f"create view limited.{table} as select * from main.{table} where {_within(_limits(table))};"
+        for table in sorted(TABLES)
+        if _KEYS[table]
+    ]
+    return "\n".join(["create schema limited;", *views])
+
+
+def _limits(table: str) -> dict[str, tuple[str, str]]:
+    return {key: (f"getvariable('first_{key}')", f"getvariable('last_{key}')") for key in _KEYS[table]}
+
+
+def _within(limits: Mapping[str, tuple[Any, Any]]) -> str:
+    return " and ".join(f"{key} between {low} and {high}" for key, (low, high) in limits.items())
+
+
+def within(root: str, files: Collection[File], bounds: Bounds) -> str:
+    """What has a connection's views show the rows within the bounds: variables, and views of fewer files.
+
+    DuckDB opens every file that a view names, be it only to see from its footer that it is not needed.
+    """
+    limits = {key: bounds.get(key, _EVERY[key]) for key in _RANGES}
+    variables = [
+        f"set variable {name}_{key} = {value}::bigint;"
+        for key, bound in limits.items()
+        for name, value in zip(("first", "last"), bound, strict=True)
+    ]
+    fewer = {file.table for file in files if not may_show(file, bounds)}
+    # It shows the latents of which there is no copy by token.
+    fewer |= {"latents_by_token"} if "latents" in fewer else set()
+    return "\n".join([*variables, *_table_views(root, files, bounds, fewer)])
+
+
+def _table_views(root: str, files: Iterable[File], bounds: Bounds, tables: Collection[str]) -> list[str]:
+    by_table: dict[str, list[File]] = {table: [] for table in _PER_FILE}
+    for file in files:
+        if file.table in by_table:
+            by_table[file.table].append(file)
+    branches = {table: _branches(root, table, by_table[table], bounds) for table in _PER_FILE if table in tables}
+    if "latents_by_token" in tables:
+        branches["latents_by_token"] += _not_by_token(root, by_table, bounds)
+    return [_table_view(table, each) for table, each in branches.items()]
 
 
 def _macros() -> list[str]:

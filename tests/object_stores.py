@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from email.utils import formatdate
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import IO, Any
 
 import blobfile
@@ -26,6 +27,7 @@ from tests.proxies import GcsFront, Proxy
 
 Put = Callable[[str, bytes], str]
 STORES = ("s3", "gs", "az")
+_SERVERS = Path(__file__).with_name("node_modules") / ".bin"
 _AZURE_ACCOUNT = "devstoreaccount1"
 _AZURE_KEY = base64.b64encode(b"a key for tests only, of the length of a real one: 64 bytes wide").decode()
 
@@ -111,9 +113,9 @@ def _drain(pipe: IO[bytes]) -> None:
 
 @contextmanager
 def _serve_azure() -> Iterator[Served]:
-    program = os.environ.get("AZURITE") or shutil.which("azurite-blob")
+    program = os.environ.get("AZURITE") or shutil.which("azurite-blob", path=f"{_SERVERS}:{os.environ['PATH']}")
     if program is None:
-        pytest.skip("npm install -g azurite, or AZURITE=/path/to/azurite-blob, to run this test")
+        pytest.skip("npm ci --prefix tests, or AZURITE=/path/to/azurite-blob, to run this test")
     port = _free_port()
     command = [program, "--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence"]
     command += ["--skipApiVersionCheck", "--disableTelemetry", "--silent"]

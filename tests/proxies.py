@@ -5,12 +5,14 @@
 
 import http.client
 import json
+import random
 import socket
 import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -53,19 +55,35 @@ class Answer:
 
 
 class Proxy:
-    """Forwards to `upstream`, http://host:port; `inject` makes some of the next requests go wrong."""
+    """Forwards to `upstream`, http://host:port; `inject` makes some of the next requests go wrong, `misbehave` any."""
 
     def __init__(self, upstream: str) -> None:
         self._upstream = urllib.parse.urlsplit(upstream).netloc
         self._faults: list[tuple[Fault, Callable[[Request], bool]]] = []
+        self._at_random: Callable[[], Fault | None] = lambda: None
         self._lock = threading.Lock()
         self.requests: list[Request] = []
+        self.delay_s = 0.0  # before each request goes on, as a distant store's
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def inject(self, fault: Fault, times: int = 1, when: Callable[[Request], bool] = lambda _: True) -> None:
         self._faults.extend([(fault, when)] * times)
+
+    def misbehave(self, rate: float, faults: Sequence[Fault], seed: int) -> Counter[Fault]:
+        """Makes requests go wrong at random from now on, a share `rate` of them; counts what happened to them."""
+        draw, happened = random.Random(seed), Counter[Fault]()
+
+        def at_random() -> Fault | None:
+            if draw.random() >= rate:
+                return None
+            fault = draw.choice(faults)
+            happened[fault] += 1
+            return fault
+
+        self._at_random = at_random
+        return happened
 
     def forget_faults(self) -> None:
         self._faults.clear()
@@ -106,7 +124,7 @@ class Proxy:
             if when(request):
                 del self._faults[number]
                 return fault
-        return None
+        return self._at_random()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         proxy = self
@@ -123,6 +141,7 @@ class Proxy:
                 with proxy._lock:
                     proxy.requests.append(request)
                     fault = proxy._fault(request)
+                time.sleep(proxy.delay_s)
                 if fault == "403":
                     answer = Answer(403, body=b"<Error><Code>AccessDenied</Code></Error>")
                 elif fault in ("500", "lost request"):

@@ -4,17 +4,32 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-def test_killed_writers_lose_nothing() -> None:
-    command = [sys.executable, "-m", "benchmarks.chaos_writers", "--kills", "20", "--json"]
+def killed(n: int, *options: str) -> dict[str, Any]:
+    """What the benchmark says after so many kills."""
+    command = [sys.executable, "-m", "benchmarks.chaos_writers", "--kills", str(n), *options, "--json"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
-    row = json.loads(found.stdout.splitlines()[-1])
+    row: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return row
+
+
+@pytest.mark.slow
+def test_killed_writers_lose_nothing() -> None:
+    row = killed(20)
     assert (row["kills"], row["faults"]) == (20, 0)
     assert row["reader_checks"] > 0
+
+
+@pytest.mark.long
+def test_killed_writers_lose_nothing_in_a_store_whose_network_fails() -> None:
+    row = killed(6, "--store", "s3", "--faults", "0.02")
+    assert (row["kills"], row["faults"]) == (6, 0)
+    assert row["reader_checks"] > 0
+    assert row["lost answer"] > 0

@@ -276,6 +276,7 @@ def test_files_that_hold_none_of_the_atoms_are_not_opened(small: Small, ask: Cal
     first, last = files[0].atoms or (0, 0)
     n = int((small.acts[:, :, first : last + 1] > 0).sum())
     assert ask("select count(*) as n from latents", atoms=(first, last)) == f"n\n{n}\n"
+    assert connect(small.config.lake, atoms=(first, last)).sql("select count(*) from latents").fetchall() == [(n,)]
     with pytest.raises(LakeError, match="has 7 bytes"):
         ask("select count(*) from latents", atoms=(first, N_LATENTS))
 

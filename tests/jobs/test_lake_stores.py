@@ -1,9 +1,11 @@
 """A lake in an object store is what it is in a folder, whoever else writes and whatever the network does."""
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+import time
 import urllib.parse
 import uuid
 from collections.abc import Iterator
@@ -18,9 +20,11 @@ import pytest
 
 from sae.jobs import formats, storage, stores
 from sae.jobs.lake import Lake, connect, write_views
+from sae.jobs.log import DamagedError
 from sae.jobs.verify import damages
 from sae.schemas.errors import ConflictError, LakeError, StorageError
 from tests.jobs.test_lake import add, atoms, latents
+from tests.jobs.test_log import write_log
 from tests.object_stores import STORES, serve_through_proxy
 from tests.proxies import SLOW_S, Fault, Proxy, Request
 from tests.tiny_run import ORDER, Lab, sae
@@ -180,6 +184,20 @@ def test_garbage_is_collected_and_nothing_else(lake: Lake) -> None:
     assert lake.snapshot().version == 1
 
 
+def test_garbage_far_away_is_deleted_several_files_at_a_time(lake: Lake, proxy: Proxy) -> None:
+    n, delay_s = 40, 0.1
+    names = [f"latents/a/c/{number:016x}.parquet" for number in range(n)]
+    storage.write_together(lake.path, [(name, b"of a writer that was killed") for name in names])
+    proxy.delay_s = delay_s
+    began = time.monotonic()
+    try:
+        assert lake.collect_garbage(older_than_s=-2) == names
+    finally:
+        proxy.delay_s = 0.0
+    assert time.monotonic() - began < 0.6 * 2 * n * delay_s  # each is looked at and deleted
+    assert objects(lake) == set(lake.snapshot().files)
+
+
 def test_many_files_are_checked_by_listing_them(lake: Lake, proxy: Proxy) -> None:
     with lake.transaction("encode") as transaction:
         for run in range(1, 40):
@@ -208,6 +226,48 @@ def test_verify_finds_flipped_bytes(lake: Lake) -> None:
         data[len(data) // 2] ^= 1
         storage.write_atomic(path, bytes(data))
     assert [line.split(": ")[0] for line in damages(Lake(lake.path))] == [lake.log.path(0)]
+
+
+# The log
+
+
+def test_the_entries_of_a_distant_log_are_asked_for_together(served: Served) -> None:
+    url, proxy = served
+    n, delay_s = 60, 0.1
+    log = write_log(f"{url}/{uuid.uuid4().hex}", n, checkpoints=False).log
+    proxy.requests.clear()
+    proxy.delay_s = delay_s
+    began = time.monotonic()
+    try:
+        assert versions(log.entries(0)) == list(range(n))
+    finally:
+        proxy.delay_s = 0.0
+    assert time.monotonic() - began < 0.6 * n * delay_s
+    assert len(proxy.requests) < 2 * n
+    proxy.requests.clear()
+    assert versions(log.entries(n)) == []
+    assert len(proxy.requests) == 1
+
+
+def versions(entries: Iterator[dict[str, Any]]) -> list[int]:
+    return [entry["version"] for entry in entries]
+
+
+@pytest.mark.parametrize("missing", [1, 2, 6, 7, 19])
+def test_no_entry_counts_behind_one_that_is_missing(served: Served, missing: int) -> None:
+    log = write_log(f"{served[0]}/{uuid.uuid4().hex}", 20, checkpoints=False).log
+    storage.remove(log.path(missing))
+    storage.write_atomic(log.path(20), b"not an entry")
+    assert versions(log.entries(0)) == list(range(missing))
+
+
+def test_a_damaged_entry_is_told_when_those_before_it_are_read(served: Served) -> None:
+    log = write_log(f"{served[0]}/{uuid.uuid4().hex}", 20, checkpoints=False).log
+    storage.write_atomic(log.path(5), b"not an entry")
+    entries = log.entries(0)
+    assert versions(itertools.islice(entries, 5)) == [0, 1, 2, 3, 4]
+    with pytest.raises(DamagedError, match=f"{log.path(5)}: not a log entry"):
+        next(entries)
 
 
 # Writers at the same time

@@ -34,16 +34,16 @@ def entry(version: int) -> dict[str, object]:
     }
 
 
-def write_log(folder: Path, n: int, checkpoints: bool = True) -> Lake:
+def write_log(path: str | Path, n: int, checkpoints: bool = True) -> Lake:
     """A lake with a log of n entries, as a writer leaves it."""
-    lake, snapshot = Lake(str(folder), create=True), Snapshot()
+    lake, snapshot = Lake(str(path), create=True), Snapshot()
     for version in range(n):
         one = sealed(entry(version))
         assert lake.log.link(one)
         snapshot = snapshot.apply([one])
         if checkpoints and (version + 1) % CHECKPOINT_EVERY == 0:
             lake.log.write_checkpoint(snapshot, one)
-    return Lake(str(folder))
+    return Lake(str(path))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -155,6 +156,20 @@ def test_a_write_that_fails_is_not_seen(put: Put) -> None:
     with pytest.raises(KeyboardInterrupt):
         storage.write_atomic(f"{folder}/y", fail)
     assert storage.list_files(folder) == ["x"]
+
+
+def test_what_killed_writers_left_on_this_machine_goes_after_a_day(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"old": ".sae-" + "0" * 32, "new": ".sae-" + "1" * 32, "somebody's": ".sae-notes"}
+    for name in names.values():
+        (tmp_path / name).touch()
+    for key in ("old", "somebody's"):
+        os.utime(tmp_path / names[key], (0, time.time() - 86_500))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with serve("s3") as put:
+        storage.write_atomic(put("x", b"") + "/y", b"data")
+    assert set(os.listdir(tmp_path)) == {names["new"], names["somebody's"]}
 
 
 @pytest.mark.parametrize("store", STORES)

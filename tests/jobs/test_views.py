@@ -71,8 +71,9 @@ def test_a_limited_connection_shows_the_rows_of_the_whole_that_are_within(
 ) -> None:
     whole, limited = connect(small.config.lake), connect(small.config.lake, atoms=atoms, contexts=contexts)
     bounds = {key: bound for key, bound in (("atom", atoms), ("context_id", contexts)) if bound is not None}
-    for table in views.TABLES:
-        keys = [key for key in bounds if key in SCHEMAS[table].names]
+    for table in (*views.TABLES, "example_contexts"):
+        schema = SCHEMAS[table if table in views.TABLES else "examples"]
+        keys = [key for key in bounds if key in schema.names]
         within = "".join(f" and {key} between {bounds[key][0]} and {bounds[key][1]}" for key in keys)
         query = f"select * from {table} where true{within} order by all"
         assert limited.sql(f"select * from {table} order by all").fetchall() == whole.sql(query).fetchall()
