@@ -22,8 +22,10 @@ from sae.statistics import SortedRun
 # Of an autoencoder's files, those that are not made from its latents.
 _OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics"})
 # Kinds of properties and units, KIND/NAME..., that go with them.
-_OF_LATENTS: Final = ("encode", "aggregate", "decoders", "dropped")
-_OF_AUTOENCODER: Final = (*_OF_LATENTS, "evaluate", "autoencoder")
+_OF_LATENTS: Final = ("encode", "aggregate", "decoders", "effects", "logits", "neighbours", "dropped")
+# Tables and properties that are made from all latents of an autoencoder together.
+_MERGED: Final = ("atoms", "examples", "effects", "neighbours")
+_OF_AUTOENCODER: Final = (*_OF_LATENTS, "evaluate", "training", "autoencoder")
 _EVERY_ID: Final = (0, 2**63 - 1)
 
 
@@ -231,13 +233,14 @@ class _Encoded:
             file
             for file in _left(transaction)
             if file.autoencoder == name
-            and ((file.corpus == self.corpus and file.run in touched) or file.table in ("atoms", "examples"))
+            and ((file.corpus == self.corpus and file.run in touched) or file.table in _MERGED)
         )
         owned = {f"{name}/{self.corpus}/{run}" for run in touched}
         done = {runs.unit("encode", name, self.corpus, run) for run in cut}
         units = {unit for unit in self._base.units if unit.partition("/")[2] in owned}
-        transaction.forget(sorted(units - done))
-        _unset(transaction, lambda key: key == f"aggregate/{name}")
+        of_effects = {unit for unit in self._base.units if unit.startswith(f"effects/{name}/")}
+        transaction.forget(sorted((units | of_effects) - done))
+        _unset(transaction, lambda key: key in {f"{kind}/{name}" for kind in ("aggregate", "effects", "neighbours")})
 
     def _tokens(self, left: list[Range]) -> int:
         """Tokens of contexts that are at kept positions."""

@@ -4,6 +4,7 @@ Rows are nonzero latents where no table is named. Measured means docs/cluster.md
 benchmarks/results/2026-11-23.md.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
@@ -13,7 +14,7 @@ from sae.jobs.cluster import CPU_RUNS, GPU_RUNS
 from sae.jobs.compact import worth_merging
 from sae.jobs.costs import Rates, scratch
 from sae.jobs.decoders import atoms_per_file
-from sae.jobs.export import ATOMS_PER_TASK
+from sae.jobs.exports.folder import ATOMS_PER_TASK
 from sae.jobs.formats import LATENTS_ROW_GROUP
 from sae.jobs.merge import CHAIN_BYTES
 
@@ -34,6 +35,9 @@ EXAMPLES: Final = 6.4  # (6.4, 5.2)
 KEY: Final = 10  # of an activation, beside its vector
 DIRECTION: Final = 7 / 8  # of a direction in float32 (-, 0.85)
 CONTEXT_TOKEN: Final = 1.8  # of each token of a context (3.6 where they are random, 1.76)
+VOTE: Final = 4.7  # of an effect on a token, for each token in one of its four lists (-, 4.7)
+LOGIT: Final = 9  # (-, 8.4)
+NEIGHBOUR: Final = 7  # (-, 6.7)
 PAGE_TOKEN: Final = 18.5  # of each token of an example in JSON (20.3, 17.2)
 BINS: Final = 24  # that an atom has in a run (15, 24)
 
@@ -77,10 +81,12 @@ class Sizes:
 
     tokens, contexts: of the corpus, with width tokens each at most; kept: tokens that are not at a masked position
     shards, runs: parts that are tokenized and encoded; run_tokens: tokens of a run
-    examples: of an atom and kind; exported: atoms
+    examples: of an atom and kind; exported: atoms; ablated: examples whose effects are wanted
+    votes, logits, neighbours: of each list; unit_examples: of a file of effects
     file_rows: of a compacted file; merged_at_once: sorted sets that are merged together at most; task: memory
     of a task of compact
-    subject, subject_flops: bytes of the subject's weights, and operations of its forward for a token
+    subject, subject_flops: bytes of the subject's weights, and operations of its forward to the hook, for a token;
+    whole_flops: those to its logits
     compiled: whether a GPU has the subject compiled; cached: whether activations are harvested; by_token: whether runs
     are copied in the order of tokens
     """
@@ -105,6 +111,12 @@ class Sizes:
     compiled: bool
     cached: bool
     by_token: bool
+    ablated: int = 0
+    votes: int = 10
+    logits: int = 20
+    neighbours: int = 20
+    unit_examples: int = 1024
+    whole_flops: int = 0
 
     @property
     def rows(self) -> int:
@@ -141,7 +153,7 @@ class Step:
 def steps(sizes: Sizes, hosts: Hosts) -> list[Step]:
     """All of them, in order; rows of partial statistics and examples are the most that there can be."""
     harvest = [_harvest] if sizes.cached else []
-    return [each(sizes, hosts) for each in (_tokenize, *harvest, _encode, _compact, _aggregate, _export)]
+    return [each(sizes, hosts) for each in (_tokenize, *harvest, _encode, _compact, _aggregate, _effects, _export)]
 
 
 def _table(rows: int, row_bytes: float, files: int) -> Table:
@@ -264,6 +276,23 @@ def _aggregate(sizes: Sizes, hosts: Hosts) -> Step:
     }
     seconds = _KINDS * sizes.runs * _examples_of_run(sizes) / REDUCED
     return Step("aggregate", tables, PROCESS + REDUCING, seconds, seconds)
+
+
+def _effects(sizes: Sizes, hosts: Hosts) -> Step:
+    """Each example has a context of its own, which runs as it is and ablated; half of its tokens are later ones."""
+    n, found = sizes.n_latents, min(sizes.ablated, sizes.rows)
+    later, tokens = found * sizes.width // 2, found * sizes.width
+    files = -(-found // sizes.unit_examples)
+    tables = {
+        "effects": _table(found, later / max(1, found) * 4 * sizes.votes * VOTE, files),
+        "logits": _table(_KINDS * n * sizes.logits, LOGIT, 1),
+        "neighbours": _table(_KINDS * n * sizes.neighbours, NEIGHBOUR, 1),
+    }
+    flops = 2 * sizes.whole_flops
+    of_unit = min(found, sizes.unit_examples) * sizes.width * sizes.votes * 4 * (_FULL + 2 * _FULL)
+    of_run = dataclasses.replace(sizes, tokens=tokens)
+    on_gpu = flops / (EAGER * hosts.rates.subject)
+    return _computed("effects", tables, of_run, hosts, flops, on_gpu, 0.0, of_unit)
 
 
 def _export(sizes: Sizes, hosts: Hosts) -> Step:

@@ -47,6 +47,7 @@ class Subject(NamedTuple):
     d_model: int
     parameters: int | None = None
     flops: int | None = None
+    whole_flops: int | None = None
 
 
 def plan(given: Namespace, config: Run) -> None:
@@ -97,13 +98,20 @@ def _subject(config: Run) -> Subject:
 
     subject = config.subject
     shape = subject_shape(subject.model, subject.hook, subject.layers, config.corpus.context_length)
-    return Subject(shape.d_model, shape.parameters, shape.flops)
+    whole = subject_shape(subject.model, subject.hook, None, config.corpus.context_length)
+    # Each weight is multiplied once; that of the embedding, where it is not the unembedding's too, is not.
+    return Subject(shape.d_model, shape.parameters, shape.flops, 2 * whole.parameters)
 
 
 def _costs_of(subject: Subject, config: Run) -> dict[str, int]:
     """Width, bytes and operations for a token; those that are not known are not counted."""
     size = (subject.parameters or 0) * _ITEM[config.subject.dtype]
-    return {"d_model": subject.d_model, "subject": size, "subject_flops": subject.flops or 0}
+    return {
+        "d_model": subject.d_model,
+        "subject": size,
+        "subject_flops": subject.flops or 0,
+        "whole_flops": subject.whole_flops or 0,
+    }
 
 
 def sizes_of(config: Run, subject: Subject, dead: float) -> Sizes:

@@ -63,6 +63,8 @@ def sizes_of(config: Run, snapshot: Snapshot, subject: Mapping[str, int], tokens
     # The last context of a document is as likely to end before any position as before another.
     hidden = sum(contexts - documents * position // width for position in masked)
     exported = config.export.atoms or (0, shape.n_latents - 1)
+    ablated = config.effects.atoms or (0, shape.n_latents - 1)
+    of_atom = len(set(config.effects.kinds)) * min(config.effects.ranks, config.encode.examples)
     return Sizes(
         tokens=tokens,
         contexts=contexts,
@@ -77,6 +79,8 @@ def sizes_of(config: Run, snapshot: Snapshot, subject: Mapping[str, int], tokens
         k=shape.k,
         examples=config.encode.examples,
         exported=exported[1] + 1 - exported[0],
+        ablated=(ablated[1] + 1 - ablated[0]) * of_atom,
+        **config.effects.model_dump(include={"votes", "logits", "neighbours", "unit_examples"}),
         file_rows=config.compact.file_rows,
         merged_at_once=compact.sets_at_once(config),
         task=config.compact.memory_mb * 10**6,

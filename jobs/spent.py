@@ -17,6 +17,9 @@ _STEPS: Final = {  # by the operation of an entry
     "compact": "compact",
     "aggregate": "aggregate",
     "decoders": "aggregate",
+    "effects": "effects",
+    "logits": "effects",
+    "neighbours": "effects",
 }
 
 Entry = dict[str, Any]
@@ -47,6 +50,9 @@ def spent(lake: Lake, snapshot: Snapshot, config: Run) -> dict[str, Spent]:
         ],
         "aggregate": [
             file for table in ("atoms", "examples", "decoders") for file in snapshot.select(table, autoencoder=name)
+        ],
+        "effects": [
+            file for table in ("effects", "logits", "neighbours") for file in snapshot.select(table, autoencoder=name)
         ],
     }
     found = {step: Spent(_tables(those), _seconds(entries.get(step, []))) for step, those in files.items() if those}

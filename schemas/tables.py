@@ -149,6 +149,52 @@ DECODERS = _table(
     ("direction", pa.list_(pa.field("item", pa.float32(), nullable=False))),
 )
 
+FLOATS: Final = pa.list_(pa.field("item", pa.float32(), nullable=False))
+_TOKENS: Final = pa.list_(pa.field("item", pa.int32(), nullable=False))
+
+EFFECTS = _table(
+    "one row per (atom, context_id, pos): what taking the atom out at pos changes, clean - ablated, an entry for each "
+    "later token, the first at pos + 1. loss_diff and kl are in nats, loss_diff negative where the atom helped; the "
+    "other lists hold the same number of tokens for every later one, one's after the other's, the largest change first",
+    "atom, context_id, pos",
+    ("atom", pa.int32()),
+    ("context_id", pa.int64()),
+    ("pos", pa.uint16()),
+    ("act", pa.float32()),
+    ("loss_diff", FLOATS),
+    ("kl", FLOATS),
+    ("up_tokens_by_logits", _TOKENS),
+    ("up_by_logits", FLOATS),
+    ("down_tokens_by_logits", _TOKENS),
+    ("down_by_logits", FLOATS),
+    ("up_tokens_by_probs", _TOKENS),
+    ("up_by_probs", FLOATS),
+    ("down_tokens_by_probs", _TOKENS),
+    ("down_by_probs", FLOATS),
+)
+
+LOGITS = _table(
+    "one row per (atom, kind, rank): a token whose logit the decoder row raises (kind up) or lowers (down) most; value "
+    "is that row through the linear part of the final norm, but for its scale, and the unembedding",
+    "atom, kind, rank",
+    ("atom", pa.int32()),
+    ("kind", pa.string()),
+    ("rank", pa.int32()),
+    ("token_id", pa.int32()),
+    ("value", pa.float32()),
+)
+
+NEIGHBOURS = _table(
+    "one row per (atom, kind, rank); kind near: value is the cosine of both decoder rows, coactive: the correlation of "
+    "both activations over a sample of tokens, zeros included",
+    "atom, kind, rank",
+    ("atom", pa.int32()),
+    ("kind", pa.string()),
+    ("rank", pa.int32()),
+    ("neighbour", pa.int32()),
+    ("value", pa.float32()),
+)
+
 METRICS = _table(
     "one row per (autoencoder, corpus, phase, step, metric); phase is train, validation or "
     "evaluate, or machine where the value depends on what it was trained on",
@@ -175,5 +221,8 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "atoms": ATOMS,
     "examples": EXAMPLES,
     "decoders": DECODERS,
+    "effects": EFFECTS,
+    "logits": LOGITS,
+    "neighbours": NEIGHBOURS,
     "metrics": METRICS,
 }

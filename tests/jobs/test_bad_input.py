@@ -220,8 +220,23 @@ def test_a_full_lake(left: int, finished: Lab, small_disk: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "left"), [("train", 20480), ("encode", 8192)])
-def test_actors_on_a_full_lake(step: str, left: int, trained: Lab, tokenized: Lab, small_disk: Path) -> None:
-    there = (tokenized if step == "train" else trained).copy(small_disk)
-    fill(small_disk, left)
-    refused(there, step, "cannot write", "No space left", str(there.lake))
+def test_encoding_into_a_full_lake(trained: Lab, small_disk: Path) -> None:
+    there = trained.copy(small_disk)
+    fill(small_disk, 8192)
+    refused(there, "encode", "cannot write", "No space left", str(there.lake))
+
+
+@pytest.mark.slow
+def test_training_on_a_full_lake(tokenized: Lab, small_disk: Path) -> None:
+    """It began, which the log tells, and left nothing else."""
+    there = tokenized.copy(small_disk)
+    fill(small_disk, 20480)
+    before = there.bytes()
+    result = there.sae("train")
+    assert (result.code, len(result.lines)) == (1, 1), result.stderr
+    for part in ("cannot write", "No space left", str(there.lake)):
+        assert part in result.stderr
+    after = there.bytes()
+    (began,) = after.keys() - before.keys()
+    assert json.loads(after.pop(began))["add"] == []
+    assert after == before
