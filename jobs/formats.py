@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from sae.jobs import storage
 from sae.schemas.errors import LakeError
-from sae.schemas.tables import LATENTS, SCHEMAS, activations
+from sae.schemas.tables import EFFECTS, FLOATS, LATENTS, SCHEMAS, activations
 
 # Rows of latents are sorted, so that deltas of the keys are tiny; pos and act have few distinct values.
 _LATENTS: Final[dict[str, Any]] = {
@@ -22,15 +22,21 @@ _LATENTS: Final[dict[str, Any]] = {
 }
 # No two weights are equal, but their exponents are alike: an eighth smaller than with a dictionary.
 _DECODERS: Final[dict[str, Any]] = {"use_dictionary": False, "use_byte_stream_split": ["direction.list.element"]}
+# Numbers as directions are; a token of 49,152 takes its two bytes.
+_EFFECTS: Final[dict[str, Any]] = {
+    "use_dictionary": False,
+    "use_byte_stream_split": [f"{field.name}.list.element" for field in EFFECTS if field.type == FLOATS],
+}
 _OPTIONS: Final[dict[str, dict[str, Any]]] = {
     "latents": _LATENTS,
     "latents_by_token": _LATENTS,
     "decoders": _DECODERS,
+    "effects": _EFFECTS,
 }
 LATENTS_ROW_GROUP: Final = 131_072
 # Of partials, one of every run is in memory while they are merged; of examples, one is read to show an atom.
 _PARTIALS: Final = {"moments": 32_768, "top": 32_768, "samples": 32_768}
-_ROW_GROUP: Final = {"contexts": 512, "latents": LATENTS_ROW_GROUP, "examples": 16_384, **_PARTIALS}
+_ROW_GROUP: Final = {"contexts": 512, "latents": LATENTS_ROW_GROUP, "examples": 16_384, "effects": 256, **_PARTIALS}
 
 
 def write(table: str, batches: Iterable[pa.Table], path: str) -> int:

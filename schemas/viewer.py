@@ -6,13 +6,12 @@ widths have the unit of the autoencoder's latents.
 """
 
 import itertools
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-SIGN_CONVENTION: Final = "ablate_loss_diff = loss(clean) - loss(ablated), in nats: negative where the atom helped"
+from sae.schemas.origin import Count, Exported, Strict
 
-Count = Annotated[int, Field(ge=0)]
 Density = Annotated[float, Field(ge=0, le=1)]
 Activation = Annotated[float, Field(ge=0)]
 Bin = Annotated[str, Field(pattern=r"^[1-9][0-9]*$")]
@@ -20,11 +19,7 @@ Votes = list[list[float] | None]
 VoteTokens = list[list[str] | None]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Sequence(_Strict):
+class Sequence(Strict):
     """A context with the atom's activation at every token; it was chosen for `act`, at position `idx`.
 
     `density` is the part of the positions with an activation > 0. Effects are optional: entry j of each is
@@ -76,7 +71,7 @@ _PLAIN: Final = frozenset({"tokens", "acts", "act", "idx", "doc_id", "density", 
 EFFECTS: Final = frozenset(Sequence.model_fields) - _PLAIN
 
 
-class AtomFile(_Strict):
+class AtomFile(Strict):
     """One atom: its statistics over all tokens, zeros included, its histogram and its example sequences.
 
     `mean_act` = E[a], `mean_act_squared` = E[a^2], `skew` = E[a^3] / E[a^2]^1.5, `kurtosis` =
@@ -106,37 +101,8 @@ class AtomFile(_Strict):
         return self
 
 
-class Manifest(_Strict):
-    """What the atom files of one folder were made from; `complete` once they all are there.
+class Manifest(Exported):
+    """What the files of one folder were made from."""
 
-    `n_tokens` is the denominator of density and moments: the tokens of `corpora`, without those at the masked
-    positions of their contexts. `source` changes when the files would: a second export compares it. `seconds` is how
-    long it took to write them, but for what an interrupted export had not noted as done.
-    """
-
-    complete: bool
-    source: str
-    autoencoder: str
-    checkpoint: str
-    model: str
-    hook: str
-    masked_positions: list[Count]
-    corpora: list[str]
-    n_tokens: Count
-    trained_tokens: Count
-    n_latents: Annotated[int, Field(ge=1)]
-    k: Annotated[int, Field(ge=1)]
-    bin_width: Annotated[float, Field(gt=0)]
-    atoms: tuple[Count, Count]
+    format: Literal["openai", "saedashboard", "neuronpedia"] = "openai"
     decimals: Count
-    sign_convention: str
-    lake_version: Count
-    versions: dict[str, str]
-    seconds: Annotated[float, Field(ge=0)] | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        first, last = self.atoms
-        if not first <= last < self.n_latents:
-            raise ValueError(f"atoms are {first} to {last}, of {self.n_latents}")
-        return self

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from sae.jobs import compact, export
+from sae.jobs.exports import folder, viewer_json
 from sae.jobs.lake import connect
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, IncompleteError, LakeError
@@ -179,8 +181,8 @@ def test_files_are_what_their_model_would_be_written_as(small: Small) -> None:
 
 def test_several_processes_write_what_one_does(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export.run(small.config)
-    monkeypatch.setattr(export, "ATOMS_PER_TASK", 3)
-    monkeypatch.setattr(export, "_ATOMS_AT_ONCE", 2)
+    monkeypatch.setattr(folder, "ATOMS_PER_TASK", 3)
+    monkeypatch.setattr(export, "FORMATS", {"openai": replace(viewer_json.FORMAT, at_once=2)})
     export.run(changed(small.config, folder=str(tmp_path / "parallel")))
     after = {path.name: path.read_bytes() for path in (tmp_path / "parallel" / FOLDER / "atoms").iterdir()}
     assert after == files(small)
@@ -197,7 +199,7 @@ def test_what_an_interrupted_export_has_done_is_not_done_again(small: Small, mon
     (folder_of(small) / "atoms" / (".tmp-" + "0" * 32)).write_text("of a process that was killed")
     (folder_of(small) / "atoms" / "6.json").unlink()
     times = {atom: (folder_of(small) / "atoms" / f"{atom}.json").stat().st_mtime_ns for atom in range(4)}
-    monkeypatch.setattr(export, "ATOMS_PER_TASK", 4)
+    monkeypatch.setattr(folder, "ATOMS_PER_TASK", 4)
     export.run(small.config)
     assert files(small) == whole
     assert times == {atom: (folder_of(small) / "atoms" / f"{atom}.json").stat().st_mtime_ns for atom in range(4)}
