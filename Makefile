@@ -2,6 +2,8 @@
 # make demo   real text and a real language model to a trained autoencoder, tables, SQL and viewer JSON
 # make test   all tests that need no GPU        make check  lint, types, structure, secrets
 # make bench  benchmarks; those for a GPU say so and end   make fmt    format the code
+# make viewer        builds the viewer's bundle (jobs/bundle) from viewer/
+# make check-viewer  its types, and that the bundle is what viewer/ gives   make test-viewer  its tests
 # make clean  remove what the other targets made, .venv excepted
 #
 # PYTHON=...    the interpreter that .venv is made from (3.11 or newer)
@@ -20,12 +22,14 @@ TEST_WORKERS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 LOCK := requirements.lock
+SERVERS := tests/node_modules/installed
+VIEWER := viewer/node_modules/installed
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
 # Spinning worker threads slow each other down many times over when cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help env demo test test-long check scan fmt bench clean
+.PHONY: help env demo test test-long check scan fmt bench clean viewer check-viewer test-viewer
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -49,11 +53,16 @@ $(STAMP): $(LOCK) pyproject.toml | $(PY)
 demo: env
 	$(PY) -m sae.jobs.demo
 
-test: env
-	$(PY) -m pytest -m "not gpu and not long" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+# An emulator of Azure's store, which no Python package has.
+$(SERVERS): tests/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --prefix tests --silent --no-audit --no-fund && touch $@; \
+	else echo "npm is not installed: tests that need an emulator of Azure's store are skipped"; fi
+
+test: env $(SERVERS)
+	$(PY) -m pytest -m "not gpu and not long" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Trainings that are killed, interrupted and set up wrongly, each with workers that have to start.
-test-long: env
+test-long: env $(SERVERS)
 	$(PY) -m pytest -m "long and not gpu" $(PYTEST_ARGS)
 
 check: env
@@ -72,6 +81,23 @@ scan: env
 fmt: env
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
+
+$(VIEWER): viewer/package-lock.json
+	npm ci --prefix viewer --silent --no-audit --no-fund
+	@touch $@
+
+viewer: $(VIEWER)
+	npm run --prefix viewer --silent build
+
+check-viewer: $(VIEWER)
+	npm run --prefix viewer --silent check
+	@built=$$(mktemp -d); trap 'rm -rf "$$built"' EXIT; \
+	(cd viewer && npx vite build --logLevel warn --outDir "$$built" --emptyOutDir); \
+	diff -rq jobs/bundle "$$built" || { echo "jobs/bundle is not what viewer/ gives: make viewer"; exit 1; }
+
+# Those in a browser need Chromium (apt-get install chromium) and are skipped without it.
+test-viewer: env $(VIEWER)
+	npm run --prefix viewer --silent test
 
 # Modules whose name starts with _ are shared code.
 bench: env

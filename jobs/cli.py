@@ -16,11 +16,11 @@ from sae.schemas import config as run_config
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
-STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "export")
+STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "effects", "export")
 # The others are done once for all of `autoencoders`.
-_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "export"})
+_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "effects", "export"})
 # Some work hours before they find that they may not write.
-_WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact"})
+_WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact", "effects"})
 _METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE"}
 _INTERRUPTED: Final = 128 + signal.SIGINT
 
@@ -118,6 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     for key in ("atoms", "contexts"):
         only = f"show only these {key}, and open only the files that hold them"
         sql.add_argument(f"--{key}", type=int, nargs=2, metavar=("FIRST", "LAST"), help=only)
+    _add_view(commands)
+    what = "read exported files as their readers would, and name what is wrong"
+    check = _add(commands, "validate", what, lambda given: _module("exports.check").validate(given))
+    check.add_argument("folder", metavar="FOLDER", help="an export.folder, or an .html file")
     gc = _add(commands, "gc", "delete files that no reader of the newest version uses", _lake_command("gc"), "lake")
     gc.add_argument("--older-than", type=float, default=24.0, metavar="HOURS")
     drop = _add(commands, "drop", "take a part out of a lake", _lake_command("drop"), "lake")
@@ -154,6 +158,16 @@ def _add(
     return parser
 
 
+def _add_view(commands: Any) -> None:
+    what = "serve a lake, or a site that was exported, to a browser"
+    view = _add(commands, "view", what, lambda given: _module("view").view(given), "lake")
+    view.add_argument("--host", default="127.0.0.1", help="address to listen at; another one than this needs --token")
+    view.add_argument("--port", type=int, default=7007, help="0 takes any that is free")
+    token = "only readers who have it may read; a random one where none is given"
+    view.add_argument("--token", nargs="?", const="random", help=token)
+    view.add_argument("--subject", action="store_true", help="load the subject model, and encode what is typed")
+
+
 def _add_resume(parser: argparse.ArgumentParser) -> None:
     what = "go on from the last checkpoint where there is one, which is what is done anyway"
     parser.add_argument("--resume", action="store_true", help=what)
@@ -168,6 +182,10 @@ def _keys() -> str:
             default = "required" if leaf.is_required() else repr(leaf.default)
             lines.append(f"  {section}{'.' if key else ''}{key} ({default})")
     return "\n".join(lines)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"sae.jobs.{name}")
 
 
 def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:

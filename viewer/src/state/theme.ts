@@ -1,0 +1,24 @@
+import { useEffect, useState } from "preact/hooks";
+
+type Theme = "light" | "dark";
+const KEY = "theme";
+
+function preferred(): Theme {
+  const kept = localStorage.getItem(KEY);
+  if (kept === "light" || kept === "dark") return kept;
+  return window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+}
+
+/** The theme in force and a function that changes to the other one, for later visits as well. */
+export function useTheme(): [Theme, () => void] {
+  const [theme, set] = useState(preferred);
+  useEffect(() => {
+    document.documentElement.dataset["theme"] = theme;
+  }, [theme]);
+  const toggle = (): void => {
+    const other = theme === "dark" ? "light" : "dark";
+    localStorage.setItem(KEY, other);
+    set(other);
+  };
+  return [theme, toggle];
+}

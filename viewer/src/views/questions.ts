@@ -1,0 +1,54 @@
+import type { Query } from "../data/query";
+import type { Question } from "../parts/sql";
+
+function quoted(text: string): string {
+  return `'${text.replaceAll("'", "''")}'`;
+}
+
+/** What an atom's page shows, as questions to the lake. */
+export function atomQuestions(name: string, atom: number): Question[] {
+  const ask = (macro: string, ...more: string[]): string => `from ${macro}(${[quoted(name), atom, ...more].join(", ")})`;
+  const where = `where autoencoder = ${quoted(name)} and atom = ${atom}`;
+  return [
+    { title: "Statistics", sql: `from atoms ${where}` },
+    { title: "Histogram", sql: ask("atom_histogram") },
+    { title: "Top examples", sql: ask("atom_examples", "'top'") },
+    { title: "Random examples", sql: ask("atom_examples", "'random'") },
+    { title: "Tokens it peaks on", sql: ask("atom_top_tokens") },
+    { title: "Nearest atoms", sql: `${ask("nearest_atoms")} limit 10` },
+    { title: "Atoms that fire together", sql: `${ask("coactive_atoms")} limit 10` },
+    { title: "Documents", sql: `${ask("atom_documents")} limit 10` },
+    { title: "Effects", sql: `select context_id, pos, act, loss_diff, kl from effects ${where}` },
+  ];
+}
+
+export function dictionaryQuestions(name: string): Question[] {
+  const where = `where autoencoder = ${quoted(name)}`;
+  return [
+    { title: "Densities", sql: `select atom, n_active, density from atoms ${where}` },
+    { title: "Dead atoms", sql: `select count(*) filter (n_active = 0) as dead, count(*) as atoms from atoms ${where}` },
+    { title: "Quality", sql: `select metric, value from metrics ${where} and phase = 'evaluate'` },
+    { title: "Training", sql: `select metric, tokens, value from metrics ${where} and phase = 'train' order by all` },
+  ];
+}
+
+const EFFECTS = `(
+    select atom, avg(loss) as effect_loss, avg(kl) as effect_kl
+    from (select autoencoder, atom, unnest(loss_diff) as loss, unnest(kl) as kl from effects)
+    where autoencoder = NAME
+    group by atom
+)`;
+
+/** The list as it is sorted and filtered; what is searched for and scores of explanations are not in the lake's tables. */
+export function listSql(name: string, query: Query): string {
+  const ranges = query.ranges.filter(([column]) => column !== "explanation_score");
+  const sort = query.sort === "explanation_score" ? "atom" : query.sort;
+  const conditions = ranges.flatMap(([column, [low, high]]) => [
+    ...(low === null ? [] : [`${column} >= ${low}`]),
+    ...(high === null ? [] : [`${column} <= ${high}`]),
+  ]);
+  const hasEffects = [sort, ...ranges.map(([column]) => column)].some((column) => column.startsWith("effect_"));
+  const effects = hasEffects ? `\nleft join ${EFFECTS.replace("NAME", () => quoted(name))} using (atom)` : "";
+  const where = [`autoencoder = ${quoted(name)}`, ...conditions].join(" and ");
+  return `from atoms${effects}\nwhere ${where}\norder by ${sort}${query.falling ? " desc" : ""} nulls last\nlimit 100`;
+}
