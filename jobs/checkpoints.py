@@ -89,6 +89,13 @@ Weights = Literal["average", "plain"]
 _PLACES: Final[dict[Weights, tuple[str, str]]] = {"average": ("model", ""), "plain": ("state", "autoencoder.")}
 
 
+def imported(snapshot: Snapshot, name: str) -> str | None:
+    """Where an autoencoder of the lake was imported from; None where it was trained here, or is not in the lake."""
+    state = snapshot.properties.get(f"autoencoder/{name}") or {}
+    found: str | None = state.get("imported", {}).get("source")
+    return found
+
+
 Which = Literal["last", "best"]
 """Of the checkpoints that are kept; the best is the one with the least held-out FVU, which the average has."""
 
@@ -98,8 +105,7 @@ def load(lake: Lake, name: str, weights: Weights = "average", which: Which = "la
     snapshot = lake.snapshot()
     state = state_of(snapshot, name)
     autoencoder = from_config(state["config"])
-    files, prefix = _PLACES[weights]
-    tensors = read(lake, snapshot, chosen(state, name, which)[files], prefix=prefix)
+    tensors = read(lake, snapshot, _files(state, name, weights, which), prefix=_PLACES[weights][1])
     try:
         autoencoder.load_state_dict({**autoencoder.state_dict(), **tensors})
     except RuntimeError as error:
@@ -229,7 +235,16 @@ def _save(tensors: dict[str, Tensor], path: str) -> None:
 
 def identity(snapshot: Snapshot, name: str, weights: Weights = "average", which: Which = "last") -> str:
     """Short hash of the weights that encode with: latents of other weights are other latents."""
-    return _hash(snapshot, chosen(state_of(snapshot, name), name, which)[_PLACES[weights][0]])
+    return _hash(snapshot, _files(state_of(snapshot, name), name, weights, which))
+
+
+def _files(state: dict[str, Any], name: str, weights: Weights, which: Which) -> Shards:
+    files: Shards = chosen(state, name, which)[_PLACES[weights][0]]
+    if not files:
+        raise ConfigError(
+            f"encode.weights: got {weights}, but autoencoder {name} was imported, with one set of weights; give average"
+        )
+    return files
 
 
 def _hash(snapshot: Snapshot, shards: Shards) -> str:

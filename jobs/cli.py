@@ -21,7 +21,7 @@ STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate"
 _OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "effects", "export"})
 # Some work hours before they find that they may not write.
 _WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact", "effects"})
-_METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE"}
+_METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE", "source": "SOURCE"}
 _INTERRUPTED: Final = 128 + signal.SIGINT
 
 
@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
             _add_resume(of_step)
     _add_resume(_add(commands, "run", "all steps that are not yet done", _run_all, "config"))
     add_options(_add(commands, "plan", "what the steps will cost, before any is run", _plan, "config"))
+    what = "take in an autoencoder that was trained elsewhere: docs/pretrained.md"
+    importing = _add(commands, "import", what, _import, "config", "source")
+    importing.add_argument("--offline", action="store_true", help="use only what was fetched before (SAE_OFFLINE=1)")
     submit = _add(commands, "submit", "a step as a job of a Ray cluster", _submit, "step", "config")
     submit.add_argument("--address", metavar="URL", help="the job API; http://127.0.0.1:8265 when absent")
     demo = commands.add_parser("demo", help="a small run from real text to answers, in ./demo")
@@ -194,6 +197,10 @@ def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:
 
 def _plan(given: argparse.Namespace) -> None:
     importlib.import_module("sae.jobs.plan").plan(given, _config(given))
+
+
+def _import(given: argparse.Namespace) -> None:
+    importlib.import_module("sae.jobs.importing").run(_config(given), given.source, given.offline)
 
 
 def _submit(given: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from pathlib import PurePath
 from typing import Any, Final
 
 from sae.jobs import progress, storage
-from sae.jobs.exports import html_page, neuronpedia, saedashboard, static_site, viewer_json
+from sae.jobs.exports import html_page, neuronpedia, saedashboard, static_site, viewer_json, weights
 from sae.jobs.exports.dashboards import identifier, layer
 from sae.jobs.exports.folder import Folder, Format
 from sae.jobs.lake import Lake, Snapshot
@@ -29,6 +29,9 @@ def run(config: Run) -> None:
     if config.export.format == "html":
         html_page.write(lake, snapshot, config)
         return
+    if config.export.format in weights.FORMATS:
+        weights.write(lake, config, _path(config, state_of(snapshot, config.autoencoder.name)))
+        return
     manifest = _manifest(snapshot, config)
     folder = _folder(snapshot, config)
     if config.export.format == "openai" and manifest.bin_width != viewer_json.BIN_WIDTH:
@@ -43,7 +46,7 @@ def run(config: Run) -> None:
 
 def written(snapshot: Snapshot, config: Run) -> tuple[Exported, list[int]] | None:
     """The manifest of what was exported of the atoms as they are now, and the bytes of each file; None if nothing."""
-    if config.export.format == "html":
+    if config.export.format == "html" or config.export.format in weights.FORMATS:
         return None
     try:
         source = _manifest(snapshot, config).source
@@ -87,7 +90,8 @@ def _path(config: Run, state: dict[str, Any]) -> str:
         "model_id": identifier(subject).lower(),
         "source_id": f"{layer(config.subject.hook)}-{identifier(name)}",
     }
-    template = _format(config).path if config.export.path is None else config.export.path
+    of_format = weights.PATH if config.export.format in weights.FORMATS else _format(config).path
+    template = of_format if config.export.path is None else config.export.path
     try:
         named = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
         path = template.format(**values) if named <= set(values) else ""

@@ -192,6 +192,31 @@ def size_if_there(path: str) -> int | None:
         return _file_size(path)
 
 
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a store says of an object: its size in bytes, what tells its versions apart, and its MD5 where known."""
+
+    size: int
+    version: str | None
+    md5: str | None
+
+
+def state(path: str) -> Stated:
+    """Ask a store about an object.
+
+    Raises:
+        StorageError: there is none, or it cannot be asked.
+    """
+    with reading(path):
+        if scheme(path) in ("az", "gs"):
+            found = _blobs.stat(path)
+            return Stated(found.size, found.version, found.md5)
+        meta = stores.head(path)
+        if meta is None:
+            raise StorageError(NO_FILE.format(path))
+        return Stated(meta["size"], meta["e_tag"], None)
+
+
 def glob(pattern: str) -> list[str]:
     """Find files by pattern, sorted; see `find`."""
     return [file.path for file in find(pattern)]

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from sae.jobs import claims, cluster, contexts, progress, ranks
+from sae.jobs import checkpoints, claims, cluster, contexts, progress, ranks
 from sae.jobs.lake import Lake, write_views
 from sae.jobs.trainee import held_out_figures, known_state, n_steps
 from sae.jobs.trainer import Trainer
@@ -21,6 +21,8 @@ def run(config: Run) -> None:
             f"cluster.tp: got {config.cluster.tp}, but several autoencoders are trained whole, each on one worker; set "
             "cluster.tp: 1, and cluster.dp to the number of workers"
         )
+    if _imported(lake, several):
+        return
     total = n_steps(config) * config.training.batch_tokens
     for one in several:
         _complete(lake, one, total)
@@ -37,6 +39,21 @@ def run(config: Run) -> None:
     for one in several:
         figures = held_out_figures(lake, one.autoencoder.name)
         progress.say(f"train: {one.autoencoder.name}, {total:,} tokens; held out: {figures or 'nothing'}")
+
+
+def _imported(lake: Lake, several: list[Run]) -> bool:
+    """Whether all were imported, so that there is nothing to train; raises ConfigError where only some were."""
+    snapshot = lake.snapshot()
+    names = [one.autoencoder.name for one in several]
+    sources = {name: source for name in names if (source := checkpoints.imported(snapshot, name)) is not None}
+    if sources and len(sources) < len(names):
+        raise ConfigError(
+            f"autoencoders: {', '.join(sources)} of {lake.path} was imported and is not trained; leave it out here, and "
+            "give the steps behind train a file of its own"
+        )
+    for name, source in sources.items():
+        progress.say(f"train: {name} was imported from {source}, nothing is trained")
+    return bool(sources)
 
 
 def _complete(lake: Lake, config: Run, total: int) -> None:

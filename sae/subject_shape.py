@@ -47,6 +47,21 @@ def subject_shape(model: str, hook: str, layers: int | None, context_length: int
     return SubjectShape(_width(text, name, model), parameters, sum(2 * block + attention for block in run))
 
 
+def hook_width(model: str, hook: str) -> int | None:
+    """Width of the activations at a hook of `model`, where its config tells it.
+
+    Raises SubjectError: the model is not found, or the hook has no layer.
+    """
+    try:
+        return _width(load_config(model).get_text_config(), resolve_hook(hook), model)
+    except UnknownWidthError:
+        return None
+
+
+class UnknownWidthError(SubjectError):
+    """A config does not tell a width."""
+
+
 def _width(text: PretrainedConfig, name: str, model: str) -> int:
     hidden = int(text.hidden_size)
     if name.endswith(_RESIDUAL):
@@ -54,7 +69,7 @@ def _width(text: PretrainedConfig, name: str, model: str) -> int:
     if name.endswith(_INNER):
         inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None)
         return int(inner or 4 * hidden)  # GPT-2's config names no width where it is the usual one
-    raise SubjectError(f"subject.hook: the config of {model} does not tell the width at {name}; give --d-model")
+    raise UnknownWidthError(f"subject.hook: the config of {model} does not tell the width at {name}; give --d-model")
 
 
 def _n_run(name: str, loaded: int) -> int:

@@ -178,10 +178,13 @@ class Evaluate(_Section):
 
 
 class Export(_Section):
-    format: Literal["openai", "site", "html", "saedashboard", "neuronpedia"] = Field(
+    format: Literal[
+        "openai", "site", "html", "saedashboard", "neuronpedia", "saelens", "sparsify", "openai-weights"
+    ] = Field(
         "openai",
         description="openai: the reference viewer's JSON; site: a folder with the viewer and its data; html: the same "
-        "in one file, for a handful of atoms; saedashboard, neuronpedia: files of these programs",
+        "in one file, for a handful of atoms; saedashboard, neuronpedia: files of these programs; saelens, sparsify, "
+        "openai-weights: the autoencoder's weights, as these programs and the published ones have them",
     )
     folder: str = "viewer-data"
     atoms: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
