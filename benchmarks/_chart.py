@@ -1,6 +1,6 @@
-"""The step benchmark as a picture: `python -m benchmarks._chart step.json [--out step.png]`.
+"""A benchmark as a picture: `python -m benchmarks._chart step.json [--out step.png]`.
 
-step.json is what `python -m benchmarks.step --json` printed: its last line is the object.
+step.json is what `python -m benchmarks.step --json` printed, or benchmarks.scaling: its last line is the object.
 """
 
 import argparse
@@ -26,12 +26,35 @@ CASES = {"zipf": "", "dead": "\n10% dead", "hot": "\none hot latent"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--out", type=Path, default=RESULTS / "step.png")
+    parser.add_argument("--out", type=Path, help="benchmarks/results/BENCHMARK.png where absent")
     args = parser.parse_args()
-    draw(load(args.output)).savefig(args.out, dpi=120)
+    result = load(args.output)
+    name = result["benchmark"]
+    drawn = {"step": steps, "scaling": scaling}[name](result)
+    drawn.savefig(args.out or RESULTS / f"{name}.png", dpi=120)
 
 
-def draw(result: Result) -> Figure:
+def scaling(result: Result) -> Figure:
+    """Bars of tokens a second, with how many times those of the first mesh of their shape they are."""
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    rows = sorted(result["rows"], key=lambda row: shapes.index(row["shape"]))
+    figure = Figure(figsize=(max(6.0, 1.1 * len(rows) + 1.5), 4.4), layout="constrained")
+    axes = figure.subplots()
+    places = [i + shapes.index(row["shape"]) for i, row in enumerate(rows)]  # a gap between shapes
+    rates = [row["tokens"] / row["ms"]["median"] / 1000 for row in rows]
+    bars = axes.bar(places, rates, 0.8, color=["#999999" if row["dp"] * row["tp"] == 1 else "#0072B2" for row in rows])
+    first = {row["shape"]: rate for row, rate in reversed(list(zip(rows, rates, strict=True)))}
+    times = [f"{rate / first[row['shape']]:.2f}x" for row, rate in zip(rows, rates, strict=True)]
+    axes.bar_label(bars, times, fontsize=8, padding=1)
+    axes.set_ylabel("million tokens a second (more is better)")
+    axes.set_xticks(places, [f"{_shape(row)}\ndp {row['dp']}, tp {row['tp']}" for row in rows], fontsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+    of = result["machine"]
+    axes.set_title(f"Sharded TopK training step on {of['device']}, {of['date']}, torch {of['torch']}", fontsize=10)
+    return figure
+
+
+def steps(result: Result) -> Figure:
     """Grouped bars, one group a row of the table; a black line where the target is."""
     rows = result["rows"]
     figure = Figure(figsize=(max(6.0, 1.3 * len(rows) + 1.5), 4.8), layout="constrained")
@@ -80,8 +103,12 @@ def _targets(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _label(row: dict[str, Any]) -> str:
+    return f"{_shape(row)}{CASES[row['case']]}"
+
+
+def _shape(row: dict[str, Any]) -> str:
     batch, d_model, n_latents, k = row["shape"].split(",")
-    return f"B {batch}, d {d_model}\nn {n_latents}, k {k}{CASES[row['case']]}"
+    return f"B {batch}, d {d_model}\nn {n_latents}, k {k}"
 
 
 if __name__ == "__main__":

@@ -171,7 +171,8 @@ class Trainee:
         self._saved = step
 
     def end(self, error: BaseException | None) -> None:
-        """Close the loggers."""
+        """Close the loggers, and let the ranks part."""
+        self._step.end()
         if self._logger is not None:
             self._logger.__exit__(type(error) if error else None, error, None)
 

@@ -31,6 +31,11 @@ class Group:
         self.size = process_group.size() if process_group is not None else 1
         self.rank = process_group.rank() if process_group is not None else 0
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a CUDA graph can hold what the ranks do together."""
+        return self.size == 1 or dist.get_backend(self._group) == "nccl"
+
     def sum_(self, x: Tensor) -> Tensor:
         """Sum of x over the ranks, in place."""
         return self._reduce_(x, dist.ReduceOp.SUM)

@@ -20,7 +20,8 @@ class Replay:
     """A function of a tensor [B, d] on a GPU and a number, recorded once the same shape and number came a few times.
 
     The function may change tensors in place, but must not wait for the device, and the tensors that it knows must
-    stay where they are. Its result is small: it is copied.
+    stay where they are. Its result is small: it is copied. Of what ranks do together it must have waited for all that
+    it began; NCCL's communicators can't end before `forget`.
     """
 
     WARM_UP, KEPT = 3, 8
@@ -43,6 +44,11 @@ class Replay:
         recorded.x.copy_(x)
         recorded.graph.replay()
         return recorded.result.clone()
+
+    def forget(self) -> None:
+        """Let go of all that was recorded."""
+        self._recorded.clear()
+        self._seen.clear()
 
     def _record(self, key: Key, x: Tensor) -> None:
         if len(self._recorded) == self.KEPT:

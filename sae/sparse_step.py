@@ -64,7 +64,7 @@ class StepConfig:
     clip: largest global gradient norm, or None
     ema_decay: decay of the weights' moving average per step, or None
     multi_topk_coef: weight of the loss with MULTI times k latents; TopK only
-    graphs: launch the kernels of a step at once, where one GPU does all of it; the bits are the same
+    graphs: launch the kernels of a step on a GPU at once; the bits are the same
     """
 
     mse_scale: float = 1.0
@@ -114,10 +114,11 @@ class SparseStep:
         self._pre_bias = self._parameter("pre_bias")
         self._auxk = AuxK(self._weights, self._pre_bias.weight, self._mesh.tp, config.auxk, config.auxk_coef)
         self._published: list[Wait] = []
-        alone = self._mesh.everyone.size == 1
         # The twins, to which wider rows go, wait for the device.
-        recorded = config.graphs and alone and self._dtype == torch.bfloat16 and master.shape[1] <= MAX_FEATURES
-        self._run = Replay(self._train) if recorded else self._train
+        by_kernels = self._dtype == torch.bfloat16 and master.shape[1] <= MAX_FEATURES
+        recorded = config.graphs and by_kernels and self._mesh.everyone.recordable
+        self._replay = Replay(self._recorded) if recorded else None
+        self._run = self._replay if self._replay is not None else self._train
         self._scalars = torch.ones(3, dtype=master.dtype, device=master.device)
         self.refresh()
 
@@ -172,6 +173,12 @@ class SparseStep:
         if self._ema is not None:
             self._ema.count()
         return dict(zip(METRICS, values.unbind(), strict=True))
+
+    def _recorded(self, x: Tensor, room: int) -> Tensor:
+        """`_train` that leaves nothing under way: a graph can't wait for what another has begun."""
+        metrics = self._train(x, room)
+        self.settle()
+        return metrics
 
     def _train(self, x: Tensor, room: int) -> Tensor:
         """Everything that is done on the device, if at most `room` latents of any rank are dead; gives METRICS."""
@@ -339,6 +346,11 @@ class SparseStep:
         for wait in self._published:
             wait()
         self._published.clear()
+
+    def end(self) -> None:
+        """Let go of recorded steps, which keep the communicators of a mesh."""
+        if self._replay is not None:
+            self._replay.forget()
 
     def _parameter(self, name: str) -> Parameter:
         return self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)

@@ -179,6 +179,11 @@ class TrainStep:
             self.holdings.copy_owned(shard)
             yield shard
 
+    def end(self) -> None:
+        """Let go of what would keep the ranks of a mesh from parting; further steps are possible, but slower."""
+        if self._sparse is not None:
+            self._sparse.end()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Every tensor that the next step depends on, in whatever layout it has.
 
