@@ -241,18 +241,17 @@ class Subject:
 
         return acts, check
 
-    def logits_loss(self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None, lengths: Tensor) -> Tensor:
-        """Return the model's next-token cross-entropy, with the hook's activations replaced.
+    def logits(self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Run the whole model, with the hook's activations replaced.
 
         Args:
             token_ids: [B, T] int64, padded on the right.
             replace: maps activations [B, T, width] to what the model shall go on with at the hook, or at the output
                 hook where there is one, [B, T, d]; None leaves them. It sees every position, masked ones and padding
                 too.
-            lengths: [B] real tokens of each row.
 
         Returns:
-            [B, T-1] float32, nats; entry t is the loss of predicting token t+1, zero where that is padding.
+            [B, T, V] next-token logits in the model's dtype; those of padding have no meaning.
 
         Raises:
             SubjectError: only the first layers are loaded, or as for `activations`.
@@ -262,14 +261,28 @@ class Subject:
                 f"{self.model}: the loss needs all layers, only the first are loaded; leave out subject.layers"
             )
         width = token_ids.shape[1]
-        ids = self.padded(token_ids)
         hooks = _replacing(self.points, replace, width) if replace is not None else {}
-        logits = _run(self.bridge, ids, hooks)[:, : width - 1]
-        targets = ids[:, 1:width]
+        logits: Tensor = _run(self.bridge, self.padded(token_ids), hooks)[:, :width]
+        return logits
+
+    def logits_loss(self, token_ids: Tensor, replace: Callable[[Tensor], Tensor] | None, lengths: Tensor) -> Tensor:
+        """Return the next-token cross-entropy of `logits`, whose arguments these are.
+
+        Args:
+            lengths: [B] real tokens of each row.
+
+        Returns:
+            [B, T-1] float32, nats; entry t is the loss of predicting token t+1, zero where that is padding.
+
+        Raises:
+            SubjectError: as for `logits`.
+        """
+        logits = self.logits(token_ids, replace)[:, :-1]
+        targets = token_ids[:, 1:].to(logits.device)
         # Row by row: a float32 copy of all logits would double the peak memory.
         pairs = zip(logits, targets, strict=True)
         losses = torch.stack([F.cross_entropy(row.float(), ids, reduction="none") for row, ids in pairs])
-        is_real = torch.arange(1, width, device=ids.device) < lengths.to(ids.device)[:, None]
+        is_real = torch.arange(1, token_ids.shape[1], device=logits.device) < lengths.to(logits.device)[:, None]
         return losses.where(is_real, 0.0)
 
     def keep_mask(self, lengths: Tensor, width: int) -> Tensor:
