@@ -16,11 +16,13 @@ from sae.schemas import config as run_config
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
-STEPS: Final = ("tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "effects", "export")
+STEPS: Final = (
+    "tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "effects", "explain", "export",
+)  # fmt: skip
 # The others are done once for all of `autoencoders`.
-_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "effects", "export"})
+_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "effects", "explain", "export"})
 # Some work hours before they find that they may not write.
-_WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact", "effects"})
+_WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact", "effects", "explain"})
 _METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE", "source": "SOURCE"}
 _INTERRUPTED: Final = 128 + signal.SIGINT
 

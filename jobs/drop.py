@@ -22,9 +22,11 @@ from sae.statistics import SortedRun
 # Of an autoencoder's files, those that are not made from its latents.
 _OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics"})
 # Kinds of properties and units, KIND/NAME..., that go with them.
-_OF_LATENTS: Final = ("encode", "aggregate", "decoders", "effects", "logits", "neighbours", "dropped")
+_OF_LATENTS: Final = ("encode", "aggregate", "decoders", "effects", "logits", "neighbours", "explain", "dropped")
 # Tables and properties that are made from all latents of an autoencoder together.
-_MERGED: Final = ("atoms", "examples", "effects", "neighbours")
+_MERGED: Final = ("atoms", "examples", "effects", "neighbours", "explanations")
+# Steps whose units are made from examples, STEP/NAME/FIRST:LAST.
+_OF_EXAMPLES: Final = ("effects", "explain")
 _OF_AUTOENCODER: Final = (*_OF_LATENTS, "evaluate", "training", "autoencoder")
 _EVERY_ID: Final = (0, 2**63 - 1)
 
@@ -238,9 +240,11 @@ class _Encoded:
         owned = {f"{name}/{self.corpus}/{run}" for run in touched}
         done = {runs.unit("encode", name, self.corpus, run) for run in cut}
         units = {unit for unit in self._base.units if unit.partition("/")[2] in owned}
-        of_effects = {unit for unit in self._base.units if unit.startswith(f"effects/{name}/")}
-        transaction.forget(sorted((units | of_effects) - done))
-        _unset(transaction, lambda key: key in {f"{kind}/{name}" for kind in ("aggregate", "effects", "neighbours")})
+        of_examples = tuple(f"{step}/{name}/" for step in _OF_EXAMPLES)
+        units |= {unit for unit in self._base.units if unit.startswith(of_examples)}
+        transaction.forget(sorted(units - done))
+        kinds = ("aggregate", *_OF_EXAMPLES, "neighbours")
+        _unset(transaction, lambda key: key in {f"{kind}/{name}" for kind in kinds})
 
     def _tokens(self, left: list[Range]) -> int:
         """Tokens of contexts that are at kept positions."""

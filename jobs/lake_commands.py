@@ -159,10 +159,11 @@ def _unfinished(snapshot: Snapshot) -> Iterator[str]:
             yield f"copy by token of {name} ({len(left)} runs have none)"
         if moments and merged.get(name) != sorted(file.sha256 for file in moments):
             yield f"aggregate of {name}"
-    for name, source in _named(snapshot, "effects").items():
-        now = merged.get(name)
-        if now is None or source["aggregate"] != digest(now):
-            yield f"effects of {name} (made of other examples)"
+    for step, what in (("effects", "effects"), ("explain", "explanations")):
+        for name, source in _named(snapshot, step).items():
+            now = merged.get(name)
+            if now is None or source["aggregate"] != digest(now):
+                yield f"{what} of {name} (made of other examples)"
 
 
 def _print_rows(title: str, rows: Rows) -> None:

@@ -20,6 +20,7 @@ _STEPS: Final = {  # by the operation of an entry
     "effects": "effects",
     "logits": "effects",
     "neighbours": "effects",
+    "explain": "explain",
 }
 
 Entry = dict[str, Any]
@@ -54,6 +55,7 @@ def spent(lake: Lake, snapshot: Snapshot, config: Run) -> dict[str, Spent]:
         "effects": [
             file for table in ("effects", "logits", "neighbours") for file in snapshot.select(table, autoencoder=name)
         ],
+        "explain": snapshot.select("explanations", autoencoder=name),
     }
     found = {step: Spent(_tables(those), _seconds(entries.get(step, []))) for step, those in files.items() if those}
     written = export.written(snapshot, config)

@@ -27,6 +27,7 @@ _PER_FILE: Final[dict[str, tuple[str, ...]]] = {
     "effects": ("autoencoder",),
     "logits": ("autoencoder",),
     "neighbours": ("autoencoder",),
+    "explanations": ("autoencoder",),
     "metrics": ("autoencoder", "corpus"),
 }
 TABLES: Final = frozenset(_PER_FILE)

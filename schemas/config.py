@@ -172,6 +172,30 @@ class Effects(_Section):
     unit_examples: Count = Field(1024, description="examples aimed at in one file, the unit of work and of retry")
 
 
+class Explain(_Section):
+    """N2G explanations. Where a key changes that decides what they are, all are made anew."""
+
+    atoms: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] | None = Field(
+        None, description="first and last atom, both included; all when absent"
+    )
+    kinds: tuple[Literal["top", "random"], ...] = Field(("top", "random"), min_length=1)
+    ranks: Count = Field(10, description="examples of each kind that patterns are made from, the first ones")
+    threshold: float = Field(
+        0.5, gt=0, le=1, description="share of an example's activation that its shortest end must have"
+    )
+    saliency: float = Field(0.5, gt=0, le=1, description="share that a token must carry to stay in a pattern")
+    length: Annotated[int, Field(ge=1, le=256)] = Field(16, description="tokens of an example that are tried at most")
+    gap: Annotated[int, Field(ge=0, le=64)] = Field(
+        8, description="tokens of any kind that may stand between two of a pattern; 0: as many as in the example"
+    )
+    padding: str | None = Field(
+        None, min_length=1, description="a text of one token, which replaces others; the tokenizer's own where absent"
+    )
+    contexts: Count = Field(4096, description="contexts that explanations are measured on, drawn by the seed")
+    batch_contexts: Count | None = Field(None, description="as training.harvest_batch; shorter ones fill as much")
+    unit_atoms: Count = Field(512, description="atoms in one file, the unit of work and of retry")
+
+
 class Evaluate(_Section):
     tokens: Count = 8_192
     batch_contexts: Count = 8
@@ -241,6 +265,7 @@ class Run(_Section):
         several = values["autoencoders"]
         if not isinstance(several, list | tuple):
             return values
+    explain: Explain = Explain()
         if values.get("autoencoder", several[0]) != several[0]:
             raise ValueError("autoencoder and autoencoders are both given; give one of them")
         return {**values, "autoencoder": several[0]}

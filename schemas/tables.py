@@ -195,6 +195,31 @@ NEIGHBOURS = _table(
     ("value", pa.float32()),
 )
 
+EXPLANATIONS = pa.schema(
+    [
+        pa.field("atom", pa.int32(), nullable=False),
+        pa.field("n_examples", pa.int32(), nullable=False),
+        pa.field("n_patterns", pa.int32(), nullable=False),
+        pa.field("patterns", pa.list_(pa.field("item", pa.string(), nullable=False)), nullable=False),
+        pa.field("acts", FLOATS, nullable=False),
+        pa.field("trie", pa.string(), nullable=False),
+        pa.field("n_tokens", pa.int64(), nullable=False),
+        pa.field("n_active", pa.int64(), nullable=False),
+        pa.field("n_predicted", pa.int64(), nullable=False),
+        pa.field("recall", pa.float64()),
+        pa.field("precision", pa.float64()),
+        pa.field("correlation", pa.float64()),
+    ],
+    metadata={
+        "grain": "one row per atom. patterns are the text of its patterns, with [*] for any token, [...] for any "
+        "number of them and [^] for the start of a context, the strongest first, and acts what they predict; trie is "
+        "the same for sae.n2g.trie.Trie.from_json. n_tokens are tokens of other contexts than those of its "
+        "n_examples, n_active of them active and n_predicted predicted to be; recall, precision and Pearson's "
+        "correlation, zeros included, are null where nothing is active, predicted, or either",
+        "order": "atom",
+    },
+)
+
 METRICS = _table(
     "one row per (autoencoder, corpus, phase, step, metric); phase is train, validation or "
     "evaluate, or machine where the value depends on what it was trained on",
@@ -226,3 +251,4 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "neighbours": NEIGHBOURS,
     "metrics": METRICS,
 }
+    "explanations": EXPLANATIONS,

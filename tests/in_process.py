@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
-from sae.jobs import cli, directions, effects, encode, runs
+from sae.jobs import cli, directions, effects, encode, explain, runs
 from sae.jobs.effects import Ablator
 from sae.jobs.encode import Encoder
+from sae.jobs.explain import Explainer
 from sae.jobs.harvest import Harvester
 from sae.jobs.lake import Lake
 from sae.jobs.trainer import Trainer
@@ -56,7 +57,7 @@ def effects_all(lab: Lab, **overrides: Any) -> int:
     config = run_of(lab, **overrides)
     lake, name = Lake(config.lake), config.autoencoder.name
     source = effects._source(lake.snapshot(), config)
-    effects._begin(lake, name, source)
+    effects._units(name).begin(lake, source)
     made_from = directions.sources(source, config)
     for table in directions.stale(lake.snapshot(), name, made_from):
         directions._make(config, table, made_from[table])
@@ -65,4 +66,19 @@ def effects_all(lab: Lab, **overrides: Any) -> int:
         ablator = Ablator(config, source, missing, 1)
         for number in range(len(missing)):
             ablator({"run": [number]})
+    return len(missing)
+
+
+def explain_all(lab: Lab, **overrides: Any) -> int:
+    """What `sae explain` does; returns how many units of work were missing."""
+    config = run_of(lab, **overrides)
+    lake, units = Lake(config.lake), explain.units_of(config)
+    source = explain._source(lake.snapshot(), config)
+    wanted = units.wanted(lake.snapshot(), config.explain.atoms)
+    units.begin(lake, source)
+    missing = units.missing(lake.snapshot(), wanted, config.explain.unit_atoms)
+    if missing:
+        explainer = Explainer(config, source, missing, explain._drawn(lake.snapshot(), config), 1)
+        for number in range(len(missing)):
+            explainer({"run": [number]})
     return len(missing)
