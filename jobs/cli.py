@@ -105,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
         of_step = _add(commands, step, summary, functools.partial(_run_one, step), "config")
         if step == "train":
             _add_resume(of_step)
+        if step == "evaluate":
+            what = "show autoencoders that are evaluated side by side, and evaluate none"
+            of_step.add_argument("--compare", nargs="+", metavar="AUTOENCODER", help=what)
     _add_resume(_add(commands, "run", "all steps that are not yet done", _run_all, "config"))
     add_options(_add(commands, "plan", "what the steps will cost, before any is run", _plan, "config"))
     what = "take in an autoencoder that was trained elsewhere: docs/pretrained.md"
@@ -212,6 +215,9 @@ def _submit(given: argparse.Namespace) -> None:
 
 
 def _run_one(step: str, given: argparse.Namespace) -> None:
+    if getattr(given, "compare", None):
+        _module("compare").compare(_config(given), given.compare)
+        return
     run_step(step, _config(given))
 
 

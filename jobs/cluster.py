@@ -54,6 +54,8 @@ def require_shared(config: Run, step: str) -> None:
     folders = {"lake": config.lake}
     if step in ("export", "run"):
         folders["export.folder"] = config.export.folder
+    if step in ("evaluate", "run") and config.evaluate.report is not None:
+        folders["evaluate.report"] = config.evaluate.report
     for key, folder in folders.items():
         if storage.is_local(folder) and not os.path.isabs(folder):
             raise ConfigError(

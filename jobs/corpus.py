@@ -103,6 +103,11 @@ class CorpusReader:
         self._columns = list(dict.fromkeys(filter(None, (config.text, config.id, config.source))))
 
     @property
+    def identity(self) -> str:
+        """What tells for people, and to compare, that the documents are the same."""
+        return f"{len(self.files)} files, {self.fingerprint[:12]}"
+
+    @property
     def fingerprint(self) -> str:
         """A hash of the files' paths and sizes and of the columns: equal if the documents should be."""
         config = self._config
@@ -118,16 +123,30 @@ class CorpusReader:
             CorpusError: a damaged or cut off file; with `on_bad_row: stop` a bad row too.
             StorageError: a file that cannot be read.
         """
+        return (document for document, _ in self._read(start, ()))
+
+    def labelled(self, columns: Sequence[str]) -> Iterator[tuple[Document, dict[str, Any]]]:
+        """The same from the beginning, each with the values of other columns, of which it may lack some.
+
+        Raises as `documents`.
+        """
+        return self._read((0, 0), columns)
+
+    def _read(self, start: tuple[int, int], more: Sequence[str]) -> Iterator[tuple[Document, dict[str, Any]]]:
         first_file, first_row = start
+        wanted = list(dict.fromkeys([*self._columns, *more]))
         for index, file in enumerate(self.files[first_file:], first_file):
             read = _READERS[_suffix(file.path)]
             with storage.reading(file.path):
-                for row, parse in read(file, first_row if index == first_file else 0, self._columns):
-                    document = self._document(parse, index, row)
-                    if document is not None:
-                        yield document
+                for row, parse in read(file, first_row if index == first_file else 0, wanted):
+                    found = self._document(parse, index, row)
+                    if found is not None:
+                        document, columns = found
+                        yield document, {name: columns[name] for name in more if name in columns}
 
-    def _document(self, parse: Callable[[], dict[str, Any]], index: int, row: int) -> Document | None:
+    def _document(
+        self, parse: Callable[[], dict[str, Any]], index: int, row: int
+    ) -> tuple[Document, dict[str, Any]] | None:
         path = self.files[index].path
         place = f"{path}:{row + 1}"
         is_text = path.lower().endswith(".txt")
@@ -150,7 +169,7 @@ class CorpusReader:
                 ) from None
             self.bad_rows.add(bad.cause, place)
             return None
-        return Document(text, external_id, source, index, row)
+        return Document(text, external_id, source, index, row), columns
 
 
 # Which files

@@ -20,7 +20,7 @@ from sae.schemas.tables import CORPUS_SHIFT, LATENTS
 from sae.statistics import SortedRun
 
 # Of an autoencoder's files, those that are not made from its latents.
-_OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics"})
+_OF_TRAINING: Final = frozenset({"checkpoints", "training_states", "metrics", "distributions"})
 # Kinds of properties and units, KIND/NAME..., that go with them.
 _OF_LATENTS: Final = ("encode", "aggregate", "decoders", "effects", "logits", "neighbours", "explain", "dropped")
 # Tables and properties that are made from all latents of an autoencoder together.

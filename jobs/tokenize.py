@@ -84,7 +84,7 @@ def _state(lake: Lake, config: Run, reader: CorpusReader) -> dict[str, Any]:
         "corpus.context_length": config.corpus.context_length,
         "corpus.prepend_bos": config.corpus.prepend_bos,
         "corpus.on_bad_row": config.corpus.on_bad_row,
-        "corpus.paths": f"{len(reader.files)} files, {reader.fingerprint[:12]}",
+        "corpus.paths": reader.identity,
     }
     known: dict[str, Any] | None = snapshot.properties.get(f"corpus/{config.corpus.name}")
     if known is None:

@@ -29,6 +29,7 @@ _PER_FILE: Final[dict[str, tuple[str, ...]]] = {
     "neighbours": ("autoencoder",),
     "explanations": ("autoencoder",),
     "metrics": ("autoencoder", "corpus"),
+    "distributions": ("autoencoder", "corpus"),
 }
 TABLES: Final = frozenset(_PER_FILE)
 

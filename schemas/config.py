@@ -197,8 +197,24 @@ class Explain(_Section):
 
 
 class Evaluate(_Section):
-    tokens: Count = 8_192
+    """What is measured on held-out text."""
+
+    tokens: Count = Field(8_192, description="held-out tokens, of whole contexts")
     batch_contexts: Count = 8
+    ablations: Annotated[int, Field(ge=0)] = Field(
+        32, description="latents that are ablated, to see how sparse their effects on the logits are; 0: none"
+    )
+    labels: tuple[str, ...] = Field(
+        (), description="columns of the corpus that tell the class of a document, for probes; read from its files"
+    )
+    probe_latents: tuple[Count, ...] = Field((1, 5), description="latents of a probe")
+    probe_documents: Count = Field(400, description="labelled documents, drawn at random; of each its first context")
+    report: str | None = Field(
+        None,
+        min_length=1,
+        description="an HTML file, with {name} for the autoencoder; in the lake, reports/evaluation-NAME.html, where "
+        "absent",
+    )
 
 
 class Export(_Section):
@@ -249,6 +265,7 @@ class Run(_Section):
     compact: Compact = Compact()
     evaluate: Evaluate = Evaluate()
     effects: Effects = Effects()
+    explain: Explain = Explain()
     export: Export = Export()
     cluster: Cluster = Cluster()
 
@@ -265,7 +282,6 @@ class Run(_Section):
         several = values["autoencoders"]
         if not isinstance(several, list | tuple):
             return values
-    explain: Explain = Explain()
         if values.get("autoencoder", several[0]) != several[0]:
             raise ValueError("autoencoder and autoencoders are both given; give one of them")
         return {**values, "autoencoder": several[0]}
@@ -282,6 +298,10 @@ class Run(_Section):
             raise ValueError(f"autoencoders: the names {', '.join(names)} are not all different; rename one")
         self._check_mesh()
         self._check_transcoder()
+        if len(names) > 1 and self.evaluate.report is not None and "{name}" not in self.evaluate.report:
+            raise ValueError(
+                f"evaluate.report is {self.evaluate.report}, one file for {len(names)} autoencoders; put {{name}} in it"
+            )
         kept = set(range(self.corpus.context_length)) - set(self.subject.masked_positions)
         if not kept:
             raise ValueError(

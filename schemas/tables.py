@@ -231,6 +231,18 @@ METRICS = _table(
     ("value", pa.float64()),
 )
 
+DISTRIBUTIONS = _table(
+    "one row per (autoencoder, corpus, distribution, bin) of an evaluation: n values, lower <= value < upper, "
+    "or zeros where both are 0; density: atoms by the fraction of tokens on which they are active; max_act: those that "
+    "are active at all, by their largest activation; l0: tokens by how many atoms are active",
+    "distribution, bin",
+    ("distribution", pa.string()),
+    ("bin", pa.int32()),
+    ("lower", pa.float64()),
+    ("upper", pa.float64()),
+    ("n", pa.int64()),
+)
+
 # Width 0 stands for any: the activations of an autoencoder's subject have one width each.
 SCHEMAS: Final[dict[str, pa.Schema]] = {
     "documents": DOCUMENTS,
@@ -249,6 +261,7 @@ SCHEMAS: Final[dict[str, pa.Schema]] = {
     "effects": EFFECTS,
     "logits": LOGITS,
     "neighbours": NEIGHBOURS,
-    "metrics": METRICS,
-}
     "explanations": EXPLANATIONS,
+    "metrics": METRICS,
+    "distributions": DISTRIBUTIONS,
+}

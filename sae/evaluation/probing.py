@@ -181,6 +181,8 @@ def _difference(features: Features, inside: Tensor, fits: Tensor) -> Tensor:
 
 def _fitted(x: Tensor, inside: Tensor, fits: Tensor) -> tuple[float, float]:
     """Losses of a probe on features [D, k]: on the documents that fit it, and on the others."""
+    # A latent can be far stronger in one document than in all that fit: one line through both is then sure, and wrong.
+    x = torch.minimum(torch.maximum(x, x[fits].amin(dim=0)), x[fits].amax(dim=0))
     mean, std = x[fits].mean(dim=0), x[fits].std(dim=0, correction=0)
     x = torch.cat([(x - mean) / torch.where(std > 0, std, 1), x.new_ones(len(x), 1)], dim=1)
     scores = x @ newton(x[fits], inside[fits])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sae.jobs import checkpoints, evaluate
+from sae.jobs import checkpoints
 from sae.jobs.contexts import load
 from sae.jobs.lake import Lake, connect
+from sae.jobs.measure import measure
 from sae.subject import Subject
 from tests.in_process import encode_all, harvest_all, run_of, train
 from tests.tiny_run import CORPUS, NAME, Lab
@@ -35,7 +36,7 @@ def test_every_step_takes_it(kind: str, tokenized: Lab, tmp_path: Path) -> None:
     train(lab, **given)
     encode_all(lab, **given)
     lab.done("aggregate", **given)
-    figures = evaluate._evaluate(run_of(lab, **given))
+    figures = measure(run_of(lab, **given), {}).metrics
     assert figures["fvu"] < figures["fvu_untrained"]
     assert all(np.isfinite(value) for value in figures.values())
     lab.done("export", **given)

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sae.jobs import checkpoints, evaluate
+from sae.jobs import checkpoints
 from sae.jobs.lake import Lake
+from sae.jobs.measure import measure
 from sae.jobs.trainee import Trainee
 from sae.mesh import Mesh
 from sae.schemas.errors import AutoencoderError, ConflictError, LakeError, SaeError
@@ -212,7 +213,7 @@ def test_steps_take_the_last_weights_or_their_average(tokenized: Lab, tmp_path: 
         made = encoder(lab, encode__weights=weights)
         assert_equal(made._autoencoder.tensors(), expected)
         identities.add(made._encoding["checkpoint"])
-        figures.append(evaluate._evaluate(run_of(lab, encode__weights=weights))["fvu"])
+        figures.append(measure(run_of(lab, encode__weights=weights), {}).metrics["fvu"])
     assert len(identities) == 2, "latents of both never mix"
     assert figures[0] != figures[1]
 
