@@ -38,7 +38,7 @@ for stage in "$@"; do
     case $stage in
     tests)
         side_by_side tests pytest tests/kernels/test_fused.py tests/kernels/test_reference_ops.py \
-            tests/kernels/test_edges.py "tests/kernels/test_exact.py tests/kernels/test_tuning.py" \
+            tests/kernels/test_edges.py tests/kernels/test_changes.py "tests/kernels/test_exact.py tests/kernels/test_tuning.py" \
             "tests/sae/test_gpu.py tests/sae/test_device_statistics.py tests/sae/test_model.py tests/sae/test_training.py $alone"
         ;;
     jobs)

@@ -9,10 +9,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from sae.effects import Ablation, Changes, Effects, Examples
+from sae.effects import Ablation, Effects, Examples
 from sae.jobs import atom_units, checkpoints, cluster, contexts, directions, progress, ranges, runs
 from sae.jobs.atom_units import KEY, AtomUnits, Source
 from sae.jobs.lake import Lake, Range, Snapshot, write_views
+from sae.kernels.changes import Changes
 from sae.onward import Onward
 from sae.schemas.config import Run
 from sae.schemas.errors import ConflictError, IncompleteError, SubjectError

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from sae.extremes import extremes
+from sae.kernels.changes import Changes, changes
 from sae.model import Autoencoder
 from sae.onward import Clean, Onward
 
@@ -32,26 +32,6 @@ class Examples(NamedTuple):
     context: Tensor
     pos: Tensor
     atom: Tensor
-
-
-class Changes(NamedTuple):
-    """What ablation changes in the predictions of p tokens, clean - ablated.
-
-    loss_diff: [p] of the token that follows, in nats, negative where the atom helped; kl: [p] KL(clean || ablated), in
-    nats; the others: [p, v] the tokens int64 whose logits or probabilities the atom raises (up) or lowers (down) most,
-    and by how much. In float32 they are good to about 1e-6; a subject in half precision rounds far more.
-    """
-
-    loss_diff: Tensor
-    kl: Tensor
-    up_tokens_by_logits: Tensor
-    up_by_logits: Tensor
-    down_tokens_by_logits: Tensor
-    down_by_logits: Tensor
-    up_tokens_by_probs: Tensor
-    up_by_probs: Tensor
-    down_tokens_by_probs: Tensor
-    down_by_probs: Tensor
 
 
 class Effects(NamedTuple):
@@ -131,33 +111,6 @@ class Ablation:
         back, active = pairs.by_place.argsort(), active[pairs.example]
         together = [torch.cat(column)[back] for column in zip(*parts, strict=True)]
         return Changes(*(_zero_unless(active, column) for column in together))
-
-
-def changes(clean: Tensor, ablated: Tensor, shared: Tensor, following: Tensor, votes: int) -> Changes:
-    """Of logits, clean [u, V] and ablated [m, V], each of which has the clean ones `shared` [m]: in order, all of them.
-
-    following: [m] the tokens that are predicted.
-    """
-    log_clean, log_ablated = (logits.log_softmax(dim=-1, dtype=torch.float32) for logits in (clean, ablated))
-    # Logits are log-probabilities but for a number that all tokens share.
-    shift = (clean[:, 0] - log_clean[:, 0])[shared] - (ablated[:, 0] - log_ablated[:, 0])
-    diff = _spread(log_clean, shared) - log_ablated
-    loss_diff = -diff.gather(1, following[:, None]).squeeze(1)
-    up, up_by, down, down_by = _votes(diff, votes)
-    probs = _spread(log_clean.exp_(), shared)
-    kl = torch.linalg.vecdot(probs, diff).clamp_(min=0)
-    by_probs = _votes(torch.sub(probs, log_ablated.exp_(), out=diff), votes)
-    return Changes(loss_diff, kl, up, up_by + shift[:, None], down, down_by + shift[:, None], *by_probs)
-
-
-def _spread(rows: Tensor, shared: Tensor) -> Tensor:
-    """rows[shared], in ascending order and with each row at least once: no copy where it is each exactly once."""
-    return rows if len(rows) == len(shared) else rows[shared]
-
-
-def _votes(scores: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The n largest of each row of [m, V] and where they are, [m, n] each, and the same of the n smallest."""
-    return *extremes(scores, n, largest=True), *extremes(scores, n, largest=False)
 
 
 def _zero_unless(active: Tensor, column: Tensor) -> Tensor:

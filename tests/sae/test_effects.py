@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae.activations import TopK
-from sae.effects import Ablation, Changes, Effects, Examples, changes
+from sae.effects import Ablation, Effects, Examples
+from sae.kernels.changes import Changes
 from sae.model import Autoencoder
 from sae.onward import Onward
 from sae.schemas.errors import SubjectError
@@ -211,23 +212,6 @@ def test_effects_do_not_depend_on_the_batch(case: Case, batch: int, seed: int) -
         # The products of other batches sum in another order.
         assert torch.allclose(one.loss_diff, whole[number].loss_diff, atol=1e-5)
         assert torch.allclose(one.up_by_logits, whole[number].up_by_logits, atol=1e-5)
-
-
-@given(st.integers(0, 2**31), st.sampled_from([6, 31, 32, 33, 200, 1000]))
-def test_changes_equal_plain_formulas_and_votes_a_sort(seed: int, vocabulary: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = 5 * torch.randn(7, vocabulary, generator=generator)
-    shared, following = torch.tensor([0, 0, 1, 2]), torch.randint(vocabulary, (4,), generator=generator)
-    clean, ablated = logits[:3][shared].double(), logits[3:].double()
-    p, q = clean.softmax(-1), ablated.softmax(-1)
-    found = changes(logits[:3], logits[3:], shared, following, VOTES)
-    at = torch.arange(4)
-    assert torch.allclose(found.loss_diff.double(), (q.log() - p.log())[at, following], atol=1e-4)
-    assert torch.allclose(found.kl.double(), (p * (p.log() - q.log())).sum(-1), atol=1e-4)
-    assert (found.kl >= 0).all()
-    for scores, (up, up_by, down, down_by) in ((clean - ablated, found[2:6]), (p - q, found[6:])):
-        assert_votes(up, up_by, scores.float(), largest=True)
-        assert_votes(down, down_by, scores.float(), largest=False)
 
 
 def test_a_subject_of_which_only_layers_are_loaded_is_refused(folders: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sae import neighbours
-from sae.extremes import extremes
+from sae.kernels.extremes import extremes
 from sae.neighbours import Activity, nearest
 
 
