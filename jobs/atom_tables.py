@@ -31,6 +31,7 @@ _TABLES: Final = (
     "effects",
     "logits",
     "neighbours",
+    "explanations",
     "decoders",
 )
 _NO_KEYS: Final = np.zeros(0, np.int64)

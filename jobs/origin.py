@@ -10,7 +10,7 @@ from sae.jobs.lake import Range, Snapshot
 from sae.schemas.errors import ConfigError, IncompleteError
 from sae.schemas.origin import SIGN_CONVENTION
 
-_MORE: Final = ("effects", "logits", "neighbours")  # which need not be there
+_MORE: Final = ("effects", "logits", "neighbours", "explanations")  # which need not be there
 _PACKAGES: Final = ("duckdb", "torch", "transformer_lens")
 _OF_STATE: Final = ("model", "hook", "masked_positions", "n_latents", "k")
 

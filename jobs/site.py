@@ -25,6 +25,7 @@ Array = npt.NDArray[Any]
 _STATISTICS: Final = ("n_active", "density", "mean_act", "mean_act_squared", "max_act", "skew", "kurtosis")
 _PEAK_TOKENS: Final = 5
 _LOGIT_TOKENS: Final = 5
+_PATTERNS_IN_A_LINE: Final = 3
 _SOURCES: Final = 20
 _KEY: Final = ["atom", "context_id", "pos"]
 _ORDER: Final = [("atom", "ascending"), ("kind", "ascending"), ("rank", "ascending")]
@@ -61,6 +62,9 @@ class SiteTables:
         for kind, value in (("near", "near_cosine"), ("coactive", "coactive_correlation")):
             others = self._ranked("neighbours", atoms, kind)
             lists |= _lists(atoms, others["atom"], **{kind: others["neighbour"], value: others["value"]})
+        explained = self._tables.rows("explanations", atoms, ["atom", "patterns"]).sort_by("atom")
+        each = np.repeat(explained["atom"].to_numpy(), _lengths(explained["patterns"]))
+        lists |= _lists(atoms, each, patterns=explained["patterns"].combine_chunks().flatten())
         return _table(PAGES, {**self._statistics(atoms), **lists}, atoms[1] + 1 - atoms[0])
 
     def sequences(self, atoms: Range) -> pa.Table:
@@ -106,7 +110,19 @@ class SiteTables:
 
     def _statistics(self, atoms: Range) -> dict[str, Any]:
         found = self._tables.rows("atoms", atoms, ["atom", *_STATISTICS]).sort_by("atom")
-        return {name: found[name] for name in found.column_names} | self._mean_effects(atoms)
+        known = {name: found[name] for name in found.column_names}
+        return known | self._mean_effects(atoms) | self._explanations(atoms)
+
+    def _explanations(self, atoms: Range) -> dict[str, pa.Array]:
+        """The strongest patterns of each atom in a line, and how their predictions correlate with its activations."""
+        made = self._tables.rows("explanations", atoms, ["atom", "patterns", "correlation"])
+        line: list[str | None] = [None] * (atoms[1] + 1 - atoms[0])
+        score: list[float | None] = [None] * len(line)
+        for row in made.to_pylist():
+            if row["patterns"]:
+                line[row["atom"] - atoms[0]] = " | ".join(row["patterns"][:_PATTERNS_IN_A_LINE])
+                score[row["atom"] - atoms[0]] = row["correlation"]
+        return {"explanation": pa.array(line, pa.string()), "explanation_score": pa.array(score, pa.float32())}
 
     def _mean_effects(self, atoms: Range) -> dict[str, pa.Array]:
         """Over the examples of each atom and their later tokens; null where no effect is known."""
@@ -265,9 +281,9 @@ def _empty_lists(kind: pa.DataType, rows: int) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array([0] * (rows + 1), pa.int32()), pa.nulls(0, kind.value_type), type=kind)
 
 
-def _lists(atoms: Range, of_atom: pa.ChunkedArray, **columns: Any) -> dict[str, pa.Array]:
+def _lists(atoms: Range, of_atom: pa.ChunkedArray | Array, **columns: Any) -> dict[str, pa.Array]:
     """The values of each atom of the range as a list; they are in order of atom."""
-    ends = np.searchsorted(of_atom.to_numpy(), np.arange(atoms[0], atoms[1] + 2))
+    ends = np.searchsorted(np.asarray(of_atom), np.arange(atoms[0], atoms[1] + 2))
     return {name: _list_array(ends, values) for name, values in columns.items()}
 
 

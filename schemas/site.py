@@ -48,6 +48,7 @@ def _maybe(*fields: tuple[str, pa.DataType]) -> list[pa.Field]:
 
 
 # As in the lake's table atoms. effect_loss and effect_kl: means over examples and their later tokens, in nats.
+# explanation_score: correlation of what the explanation predicts with the activations in contexts it was not made of.
 _STATISTICS: Final = [
     *_always(("atom", _INT), ("n_active", _DOUBLE), ("density", _FLOAT), ("mean_act", _FLOAT)),
     *_always(("mean_act_squared", _FLOAT), ("max_act", _FLOAT)),

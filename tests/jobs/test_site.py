@@ -180,6 +180,31 @@ def test_pages_hold_logits_and_neighbours_in_order(tmp_path: Path) -> None:
     assert tables(small).atoms((3, 3))["logit_tokens"].to_pylist() == [TOKENS[3:8]]
 
 
+def test_explanations_are_a_line_with_its_score_and_all_patterns(tmp_path: Path) -> None:
+    small = small_lake(tmp_path / "lake")
+    path = exported(small, tmp_path / "site")
+    patterns = {1: [" a", "b[*]c", "[^]d", "last"], 2: [], 5: ["one"]}
+    columns: dict[str, list[Any]] = {
+        "atom": [*patterns],
+        "patterns": [*patterns.values()],
+        "acts": [[1.0] * len(each) for each in patterns.values()],
+        "n_patterns": [*map(len, patterns.values())],
+        "trie": ["{}"] * 3,
+        "correlation": [0.25, None, None],
+    }
+    schema = TABLES["explanations"]
+    with small.lake.transaction("explain") as transaction:
+        full = {field.name: columns.get(field.name, [None if field.nullable else 0] * 3) for field in schema}
+        transaction.write("explanations", pa.table(full, schema=schema), autoencoder=NAME)
+    pages = {row["atom"]: row for row in tables(small).pages(EVERY).to_pylist()}
+    assert {atom: row["patterns"] for atom, row in pages.items() if row["patterns"]} == {1: patterns[1], 5: ["one"]}
+    assert (pages[1]["explanation"], pages[1]["explanation_score"]) == (" a | b[*]c | [^]d", 0.25)
+    assert (pages[5]["explanation"], pages[5]["explanation_score"]) == ("one", None)
+    assert pages[2]["explanation"] is pages[0]["explanation"] is None
+    exported(small, tmp_path / "site")
+    assert pq.read_table(path / "atoms.parquet")["explanation"].to_pylist()[5] == "one"
+
+
 def test_new_effects_are_exported_by_a_second_command(tmp_path: Path) -> None:
     small = small_lake(tmp_path / "lake")
     path = exported(small, tmp_path / "site")

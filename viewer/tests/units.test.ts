@@ -125,7 +125,10 @@ test("a list's SQL joins effects where they are asked for, and quotes names", ()
     "from atoms\nwhere autoencoder = 'o''hara' and density >= 0.1\norder by skew desc nulls last\nlimit 100",
   );
   expect(listSql("demo", parseQuery({ sort: "effect_kl" }))).toContain("from effects)\n    where autoencoder = 'demo'");
-  expect(listSql("demo", parseQuery({ sort: "explanation_score", explanation_score: "0.5.." }))).not.toContain("score");
+  const explained = listSql("demo", parseQuery({ sort: "-explanation_score", explanation_score: "0.5.." }));
+  expect(explained).toContain("from explanations where autoencoder = 'demo'");
+  expect(explained).toContain("and explanation_score >= 0.5\norder by explanation_score desc");
+  expect(explained).not.toContain("from effects");
 });
 
 function example(contextId: number, act: number): Parameters<typeof deciles>[0][number] {

@@ -6,6 +6,7 @@ import { figure, fixed, oneIn, percent } from "../parts/number";
 import { tip } from "../parts/tooltip";
 import type { PagesRow } from "../schemas";
 import { link } from "../state/route";
+import { LABELS } from "./labels";
 
 const REFERENCE_WIDTH = 0.2;
 
@@ -150,7 +151,12 @@ export function Explanation({ page }: { page: PagesRow }): JSX.Element | null {
       {page.explanation && (
         <p>
           <bdi>{page.explanation}</bdi>
-          {page.explanation_score !== null && <span class="quiet"> score {figure(page.explanation_score, 2)}</span>}
+          {page.explanation_score !== null && (
+            <span class="quiet" title={LABELS.explanation_score.title}>
+              {" "}
+              score {figure(page.explanation_score, 2)}
+            </span>
+          )}
         </p>
       )}
       {page.patterns.length > 0 && (

@@ -12,5 +12,5 @@ export const LABELS: Record<Statistic, { short: string; title: string }> = {
   kurtosis: { short: "kurtosis", title: "kurtosis, E[a⁴] / E[a²]²" },
   effect_loss: { short: "loss effect", title: "mean effect on the loss of later tokens, in nats; negative where it helps" },
   effect_kl: { short: "KL effect", title: "mean KL divergence of predictions of later tokens, in nats" },
-  explanation_score: { short: "score", title: "score of the explanation" },
+  explanation_score: { short: "score", title: "correlation of what the explanation predicts with activations on other text" },
 };

@@ -19,6 +19,7 @@ export function atomQuestions(name: string, atom: number): Question[] {
     { title: "Atoms that fire together", sql: `${ask("coactive_atoms")} limit 10` },
     { title: "Documents", sql: `${ask("atom_documents")} limit 10` },
     { title: "Effects", sql: `select context_id, pos, act, loss_diff, kl from effects ${where}` },
+    { title: "Explanation", sql: `select patterns, acts, recall, precision, correlation from explanations ${where}` },
   ];
 }
 
@@ -39,16 +40,21 @@ const EFFECTS = `(
     group by atom
 )`;
 
-/** The list as it is sorted and filtered; what is searched for and scores of explanations are not in the lake's tables. */
+const SCORES = `(
+    select atom, correlation as explanation_score from explanations where autoencoder = NAME
+)`;
+
+/** The list as it is sorted and filtered, but for what is searched for. */
 export function listSql(name: string, query: Query): string {
-  const ranges = query.ranges.filter(([column]) => column !== "explanation_score");
-  const sort = query.sort === "explanation_score" ? "atom" : query.sort;
+  const { ranges, sort } = query;
   const conditions = ranges.flatMap(([column, [low, high]]) => [
     ...(low === null ? [] : [`${column} >= ${low}`]),
     ...(high === null ? [] : [`${column} <= ${high}`]),
   ]);
-  const hasEffects = [sort, ...ranges.map(([column]) => column)].some((column) => column.startsWith("effect_"));
-  const effects = hasEffects ? `\nleft join ${EFFECTS.replace("NAME", () => quoted(name))} using (atom)` : "";
+  const asked = [sort, ...ranges.map(([column]) => column)];
+  const join = (prefix: string, rows: string): string =>
+    asked.some((column) => column.startsWith(prefix)) ? `\nleft join ${rows.replace("NAME", () => quoted(name))} using (atom)` : "";
+  const more = join("effect_", EFFECTS) + join("explanation_", SCORES);
   const where = [`autoencoder = ${quoted(name)}`, ...conditions].join(" and ");
-  return `from atoms${effects}\nwhere ${where}\norder by ${sort}${query.falling ? " desc" : ""} nulls last\nlimit 100`;
+  return `from atoms${more}\nwhere ${where}\norder by ${sort}${query.falling ? " desc" : ""} nulls last\nlimit 100`;
 }
