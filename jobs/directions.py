@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from sae import neighbours
 from sae.direct_logits import direct_logits
-from sae.kernels.extremes import extremes
 from sae.jobs import activity, checkpoints, cluster, progress
 from sae.jobs.lake import Lake, Snapshot
+from sae.kernels.extremes import extremes
 from sae.schemas.config import Run
 from sae.schemas.tables import SCHEMAS
 from sae.subject import Subject
