@@ -4,44 +4,21 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from sae.jobs import cli
 from sae.schemas import config
+from tests.pages import Page
 from tests.tiny_run import sae
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "cluster.md"
-TEXT = PAGE.read_text("utf-8")
-
-
-class Block(NamedTuple):
-    """A fenced block of the page, without its indentation."""
-
-    language: str
-    lines: list[str]
-
-
-def blocks() -> list[Block]:
-    """In order."""
-    found = re.findall(r"^( *)```(\w+)\n(.*?)^ *```$", TEXT, re.DOTALL | re.MULTILINE)
-    return [
-        Block(language, [line.removeprefix(indent) for line in body.splitlines()]) for indent, language, body in found
-    ]
-
-
-def words(program: str) -> list[list[str]]:
-    """Every command of a program, as words after its name."""
-    lines = (line for block in blocks() if block.language == "bash" for line in block.lines)
-    return [split[1:] for line in lines if (split := shlex.split(line, comments=True)) and split[0] == program]
+PAGE = Page(Path(__file__).resolve().parent.parent / "docs" / "cluster.md")
 
 
 def shown() -> list[tuple[str, list[str]]]:
     """Each `sae plan` command with the output that is shown behind it."""
     pairs, command = [], ""
-    for block in blocks():
+    for block in PAGE.blocks():
         if block.language == "bash" and block.lines[0].startswith("sae plan"):
             (command,) = block.lines
         elif block.language == "text":
@@ -52,9 +29,9 @@ def shown() -> list[tuple[str, list[str]]]:
 @pytest.fixture
 def run_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The page's run, in the working directory."""
-    (of_page,) = (block for block in blocks() if block.language == "yaml")
+    (of_page,) = PAGE.of("yaml")
     path = tmp_path / "run.yaml"
-    path.write_text("\n".join(of_page.lines))
+    path.write_text(of_page)
     monkeypatch.chdir(tmp_path)
     return path
 
@@ -74,7 +51,7 @@ def test_there_are_figures_for_1_8_and_64_gpus() -> None:
     assert [line.split()[0] for line in rows[2:]] == ["1", "8", "64"]
 
 
-@pytest.mark.parametrize("given", words("sae"), ids=" ".join)
+@pytest.mark.parametrize("given", PAGE.words("sae"), ids=" ".join)
 def test_commands_parse(run_yaml: Path, given: list[str]) -> None:
     parsed, overrides = cli._parser().parse_known_args(given)
     assert hasattr(parsed, "command")
@@ -82,19 +59,19 @@ def test_commands_parse(run_yaml: Path, given: list[str]) -> None:
 
 
 def test_jobs_name_modules_that_exist(run_yaml: Path) -> None:
-    (job,) = (given for given in words("ray") if given[:2] == ["job", "submit"])
+    (job,) = (given for given in PAGE.words("ray") if given[:2] == ["job", "submit"])
     python, flag, module, path, *overrides = job[job.index("--") + 1 :]
     assert (python, flag, path) == ("python", "-m", run_yaml.name)
     assert importlib.util.find_spec(module) is not None
     config.parse(run_yaml.read_text(), cli._pairs(overrides))
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", TEXT))
-def test_link_leads_somewhere(target: str) -> None:
-    assert (PAGE.parent / target).exists()
+@pytest.mark.parametrize("link", PAGE.links())
+def test_link_leads_somewhere(link: str) -> None:
+    assert PAGE.leads(link)
 
 
-@pytest.mark.parametrize("key", sorted(set(re.findall(r"`((?:cluster|training)\.(?!yaml)[a-z_]+)`", TEXT))))
+@pytest.mark.parametrize("key", sorted(set(re.findall(r"`((?:cluster|training)\.(?!yaml)[a-z_]+)`", PAGE.text))))
 def test_keys_are_those_of_the_config(key: str) -> None:
     section, name = key.split(".")
     known = config.Cluster.model_fields if section == "cluster" else config.Training.model_fields
