@@ -1,6 +1,7 @@
 # make env    a virtual environment in .venv with exactly the versions of requirements.lock
 # make demo   real text and a real language model to a trained autoencoder, tables, SQL and viewer JSON
 # make test   all tests that need no GPU        make check  lint, types, structure, secrets
+# make test-readers  what is exported and imported, against SAELens and sparsify themselves (installs both)
 # make bench  benchmarks; those for a GPU say so and end   make fmt    format the code
 # make viewer        builds the viewer's bundle (jobs/bundle) from viewer/
 # make check-viewer  its types, and that the bundle is what viewer/ gives   make test-viewer  its tests
@@ -29,7 +30,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # Spinning worker threads slow each other down many times over when cores are shared.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: help env demo test test-long check scan fmt bench clean viewer check-viewer test-viewer
+.PHONY: help env demo test test-long test-readers check scan fmt bench clean viewer check-viewer test-viewer
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -59,11 +60,15 @@ $(SERVERS): tests/package-lock.json
 	else echo "npm is not installed: tests that need an emulator of Azure's store are skipped"; fi
 
 test: env $(SERVERS)
-	$(PY) -m pytest -m "not gpu and not long" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PY) -m pytest -m "not gpu and not long and not readers" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Trainings that are killed, interrupted and set up wrongly, each with workers that have to start.
 test-long: env $(SERVERS)
 	$(PY) -m pytest -m "long and not gpu" $(PYTEST_ARGS)
+
+# SAELens' and sparsify's own packages, each in an environment of its own: minutes, and gigabytes the first time.
+test-readers: env
+	SAE_READERS=$${SAE_READERS:-.venv/readers} $(PY) -m pytest -m readers $(PYTEST_ARGS) tests/readers
 
 check: env
 	$(PY) -m ruff check

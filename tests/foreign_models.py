@@ -24,8 +24,10 @@ def drawn(model: Autoencoder, seed: int = 0) -> Autoencoder:
     return model.eval().requires_grad_(False)
 
 
-def sparse(activation: Activation, d: int = D, n: int = N, seed: int = 0, **options: bool) -> Autoencoder:
-    return drawn(Autoencoder(n, d, activation, **options), seed)
+def sparse(
+    activation: Activation, d: int = D, n: int = N, seed: int = 0, tied: bool = False, normalize: bool = False
+) -> Autoencoder:
+    return drawn(Autoencoder(n, d, activation, tied, normalize), seed)
 
 
 def transcoder(activation: Activation, d_out: int = D, skip: bool = False, normalize: bool = False) -> Autoencoder:

@@ -130,7 +130,8 @@ def test_what_is_not_there_is_told(put: Put, cache: Path) -> None:
 def test_what_changes_meanwhile_is_refused(put: Put, cache: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     path = put("changing.pt", DATA)
     name = "open_read" if when == "while it is read" else "state"
-    ask, asked = getattr(storage, name), []
+    ask = getattr(storage, name)
+    asked: list[object] = []
 
     def changing(path: str) -> object:
         if name == "state" and asked:

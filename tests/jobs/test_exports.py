@@ -232,7 +232,7 @@ def test_an_unknown_format_is_told_in_one_line(small: Small, tmp_path: Path) -> 
     result = sae("export", config, "--export.format", "csv")
     assert (result.code, len(result.lines)) == (1, 1)
     assert (
-        "export.format: got 'csv'; expected 'openai', 'site', 'html', 'saedashboard' or 'neuronpedia'" in result.stderr
+        "export.format: got 'csv'; expected 'openai', 'site', 'html', 'saedashboard'" in result.stderr
     )
 
 

@@ -1,4 +1,4 @@
-"""Other programs' formats: there and back, encodings and reconstructions are the same; what can't be said is refused."""
+"""Other formats: there and back, encodings and reconstructions are the same; what can't be said is refused."""
 
 import copy
 from collections.abc import Callable
@@ -68,27 +68,27 @@ def test_of_any_shape(n: int, d: int, seed: int, data: st.DataObject) -> None:
     assert_same(model, there_and_back(format_, model), inputs(d, seed, rows=5))
 
 
-def by_hand(config: dict[str, Any], tensors: dict[str, Tensor], x: Tensor) -> Tensor:
+def by_hand(tensors: dict[str, Any], x: Tensor) -> Tensor:
     """Latents as the reference computes them from its state dict."""
     if tensors.get("activation") == "TopK":  # which is how it knows that inputs are normalised
         x = x - x.mean(dim=-1, keepdim=True)
         x = x / (x.std(dim=-1, keepdim=True) + 1e-5)
-    pre_act = (x - tensors["pre_bias"]) @ tensors["encoder.weight"].T + tensors["latent_bias"]
+    pre_act: Tensor = (x - tensors["pre_bias"]) @ tensors["encoder.weight"].T + tensors["latent_bias"]
     if tensors.get("activation") != "TopK":
         return pre_act.relu()
-    top = pre_act.topk(tensors["activation_state_dict"]["k"])  # type: ignore[call-overload]
+    top = pre_act.topk(tensors["activation_state_dict"]["k"])
     return torch.zeros_like(pre_act).scatter(-1, top.indices, top.values.relu())
 
 
 @pytest.mark.parametrize("kind", EXPRESSED["openai-weights"])
 def test_published_weights_mean_the_same_to_the_reference(kind: str) -> None:
     model = KINDS[kind]()
-    config, tensors = FORMATS["openai-weights"].write(model, ABOUT)
+    _, tensors = FORMATS["openai-weights"].write(model, ABOUT)
     names = {"pre_bias", "encoder.weight", "latent_bias", "decoder.weight", "activation", "activation_state_dict"}
     assert names < tensors.keys()
     assert all(name.startswith(("stats_", "latents_")) for name in tensors.keys() - names)
     assert tensors["decoder.weight"].shape == (D, N)
-    torch.testing.assert_close(by_hand(config, tensors, inputs()), model.encode(inputs())[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_hand(tensors, inputs()), model.encode(inputs())[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_state_dict_from_before_activations_had_names_is_relu() -> None:
