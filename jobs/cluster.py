@@ -13,7 +13,7 @@ import torch
 
 from sae.jobs import storage
 from sae.schemas.config import Run
-from sae.schemas.errors import ConfigError, SaeError
+from sae.schemas.errors import ConfigError, SaeError, WorkerError
 
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _GPU_TOKENS: Final = 65_536
@@ -96,6 +96,12 @@ def _start(address: str) -> None:
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"cluster.address: can't reach Ray at {address}: {reason}; start it or use local") from None
+    except Exception as error:  # a bare one, where Ray's own processes were not up in its time
+        reason = " ".join(str(error).split())[:200]
+        raise WorkerError(
+            f"cluster: Ray did not start at {address}: {reason} If this machine is short of memory or of processor "
+            "time, end other work, and run the same command again"
+        ) from None
     if threading.current_thread() is threading.main_thread() and on_term is not None:
         signal.signal(signal.SIGTERM, on_term)  # Ray's own aborts
 

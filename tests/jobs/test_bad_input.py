@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from tests.models import tiny_gpt2
 from tests.tiny_run import NAME, Lab
@@ -240,3 +241,14 @@ def test_training_on_a_full_lake(tokenized: Lab, small_disk: Path) -> None:
     (began,) = after.keys() - before.keys()
     assert json.loads(after.pop(began))["add"] == []
     assert after == before
+
+
+def test_a_ray_that_does_not_start(tokenized: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own processes have half a minute to come up, which on an overloaded machine is too short."""
+
+    def slow(*_: Any, **__: Any) -> None:
+        raise Exception("The current node timed out during startup.")  # what Ray raises then
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    refused(tokenized, "train", "Ray did not start at local", "end other work")
