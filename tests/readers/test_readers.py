@@ -21,6 +21,7 @@ from sae.jobs import importing
 from sae.model import Autoencoder
 from sae.schemas.errors import AutoencoderError
 from tests.foreign_models import EXPRESSED, KINDS, D, K, N, inputs
+from tests.pages import Page
 
 pytestmark = [pytest.mark.readers, pytest.mark.timeout(3000)]
 
@@ -53,10 +54,15 @@ def package(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def work(package: str, tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """Has the package do jobs; one process does many, for to import it takes long."""
+def python(package: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter that has the package."""
     given = os.environ.get("SAE_READERS")
-    python = environment(package, Path(given) if given else tmp_path_factory.mktemp("environments"))
+    return environment(package, Path(given).absolute() if given else tmp_path_factory.mktemp("environments"))
+
+
+@pytest.fixture(scope="module")
+def work(package: str, python: Path, tmp_path_factory: pytest.TempPathFactory) -> Work:
+    """Has the package do jobs; one process does many, for to import it takes long."""
     folder = tmp_path_factory.mktemp("jobs")
 
     def do(jobs: list[dict[str, Any]]) -> None:
@@ -151,6 +157,21 @@ def test_what_it_writes_is_imported(package: str, work: Work, tmp_path: Path, x:
         if (inference := tmp_path / f"{name}-inference").exists():
             files = {file: str(inference / file) for file in files}
             assert_same(importing.read(format_, files).autoencoder, tmp_path / f"{name}.out")
+
+
+def test_the_page_s_python_loads_what_is_exported(package: str, python: Path, tmp_path: Path) -> None:
+    """That of docs/pretrained.md, run by the package's interpreter where `sae export` leaves its files."""
+    format_ = FORMATS[package]
+    folder = tmp_path / {"saelens": "weights/gpt2/v5", "sparsify": "coders/gpt2/coder"}[package]
+    folder.mkdir(parents=True)
+    config, tensors = format_.write(KINDS["topk"](), About("gpt2", "blocks.8.hook_resid_post"))
+    (folder / "cfg.json").write_text(json.dumps(config))
+    save_file(tensors, folder / format_.weights)
+    page = Page(HERE.parent.parent / "docs" / "pretrained.md")
+    (block,) = (block for block in page.of("python") if block.lower().startswith(f"# with {package}"))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([python, "-c", block], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_what_it_writes_beyond_ours_is_refused(package: str, work: Work, tmp_path: Path, x: Path) -> None:
