@@ -48,7 +48,7 @@ def _imported(lake: Lake, several: list[Run]) -> bool:
     sources = {name: source for name in names if (source := checkpoints.imported(snapshot, name)) is not None}
     if sources and len(sources) < len(names):
         raise ConfigError(
-            f"autoencoders: {', '.join(sources)} of {lake.path} was imported and is not trained; leave it out here, and "
+            f"autoencoders: {', '.join(sources)} of {lake.path} was imported and is not trained; leave it out here and "
             "give the steps behind train a file of its own"
         )
     for name, source in sources.items():
