@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,9 +43,11 @@ class Page:
         return [block.text for block in self.blocks() if block.language == language]
 
     def words(self, program: str) -> list[list[str]]:
-        """Every command of a program in a bash block, as words after its name."""
-        lines = (line for text in self.of("bash") for line in text.splitlines())
-        return [split[1:] for line in lines if (split := shlex.split(line, comments=True))[:1] == [program]]
+        """Every command of a program in a bash block, as words after its name, up to where its output goes."""
+        lines = (shlex.split(line, comments=True) for text in self.of("bash") for line in text.splitlines())
+        return [
+            list(takewhile(lambda word: word not in (">", "|"), line[1:])) for line in lines if line[:1] == [program]
+        ]
 
     def links(self) -> list[str]:
         """Where its links lead that are relative, each with the #heading if there is one."""

@@ -33,6 +33,7 @@ STEPS: Final = {step: Page(DOCS / "steps" / f"{step}.md") for step in cli.STEPS}
 FORMAT: Final = Page(DOCS / "format.md")
 # The index asks about a lake in which all is done.
 PAGES: Final = (*STEPS.values(), INDEX, FORMAT)
+EVERY_PAGE: Final = [Page(path) for path in sorted(DOCS.rglob("*.md"))]
 FOLDER: Final = "/data"
 ELSEWHERE: Final = re.compile(r"# needs a (cluster|browser)")
 # Under which name a step commits what is not called as the step.
@@ -167,6 +168,22 @@ def test_commands_for_elsewhere_parse(line: str) -> None:
     config.parse(run_yaml(), cli._pairs(overrides))
 
 
+@pytest.mark.parametrize("given", [words for page in EVERY_PAGE for words in page.words("sae")], ids=" ".join)
+def test_commands_of_every_page_parse(given: list[str]) -> None:
+    parsed, overrides = cli._parser().parse_known_args(given)
+    assert hasattr(parsed, "command")
+    assert hasattr(parsed, "config") or not overrides
+    cli._pairs(overrides)
+
+
+def test_commands_about_exports_do_what_they_say(played: Played) -> None:
+    """But for those that serve, of which tests/jobs/test_view.py is."""
+    given = [words for words in Page(DOCS / "exports.md").words("sae") if words[0] != "view"]
+    assert {words[0] for words in given} == {"export", "validate"}
+    with contextlib.chdir(played.folder), without_ray():
+        assert [sae(*words).code for words in given] == [0] * len(given)
+
+
 @pytest.mark.parametrize(
     ("page", "query"), [(page, query) for page in PAGES for query in page.of("sql")], ids=lambda each: ""
 )
@@ -200,7 +217,7 @@ def test_defaults_are_those_of_the_config(key: str, given: str) -> None:
     assert type(yaml.safe_load(given)) is type(list(default) if isinstance(default, tuple) else default)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path.stem)
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.path.stem)
 def test_keys_that_are_named_exist(page: Page) -> None:
     sections = [name for name in Run.model_fields if hasattr(Run.model_fields[name].annotation, "model_fields")]
     text = re.sub(r"```.*?```", "", page.text, flags=re.DOTALL)
@@ -247,7 +264,7 @@ def test_what_may_change_while_a_training_goes_on() -> None:
     assert {key.removeprefix("training.") for key in code(text)} == checkpoints._MAY_CHANGE
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.path.stem)
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: page.path.stem)
 def test_links_lead_somewhere(page: Page) -> None:
     assert [link for link in page.links() if not page.leads(link)] == []
 
