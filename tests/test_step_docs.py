@@ -13,14 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 from sae.jobs import checkpoints, cli
 from sae.jobs.lake import Lake, connect
 from sae.schemas import config
 from sae.schemas.config import Run
 from sae.schemas.tables import SCHEMAS
+from sae.statistics import priority
 from tests import format_page
 from tests.models import tiny_gpt2
 from tests.no_ray import without_ray
@@ -340,3 +344,37 @@ def test_runs_and_ids_are_as_the_page_says(played: Played) -> None:
     width = 1024 // 32
     for run, number, first, last, n_contexts in runs.fetchall():
         assert (first, last) == (number * 2**40 + run * width, number * 2**40 + min((run + 1) * width, n_contexts) - 1)
+
+
+def test_weights_and_latents_are_what_the_page_says_they_are(played: Played) -> None:
+    """Latents computed from cached activations, which have half precision, by the page's formula in numpy."""
+    snapshot, folder = played.lake.snapshot(), played.folder / "lake"
+    cached = [pa.ipc.open_file(folder / file.path).read_all() for file in snapshot.select("activations")]
+    tokens = pa.concat_tables(cached)
+    x = np.stack(tokens["vector"].to_numpy(zero_copy_only=False)).astype(np.float64)
+    (shard,) = snapshot.properties["autoencoder/demo"]["checkpoints"][-1]["model"]
+    weights = load_file(folder / shard["path"])
+    x -= x.mean(1, keepdims=True)
+    x /= x.std(1, ddof=1, keepdims=True) + 1e-5
+    before = (x - weights["pre_bias"]) @ weights["encoder.weight"].T + weights["latent_bias"]
+    row, atom = np.nonzero((before >= np.sort(before, 1)[:, [-4]]) & (before > 0))
+    ours = {
+        (int(tokens["context_id"][r].as_py()), tokens["pos"][r].as_py(), int(a)): before[r, a]
+        for r, a in zip(row.tolist(), atom.tolist(), strict=True)
+    }
+    stored = connect(played.lake.path).sql("select context_id, pos, atom, act from latents where autoencoder = 'demo'")
+    theirs = {(context, pos, atom): act for context, pos, atom, act in stored.fetchall()}
+    both = ours.keys() & theirs.keys()
+    # Where two latents are nearly alike, half precision can put the other one first.
+    assert len(both) > 0.98 * len(theirs)
+    for each in both:
+        assert ours[each] == pytest.approx(theirs[each], rel=0.01, abs=0.01)
+
+
+def test_the_python_of_the_format_is_what_samples_are_drawn_by() -> None:
+    (text,) = FORMAT.of("python")
+    found: dict[str, Any] = {}
+    exec(text, found)
+    atom, context, pos = np.array([0, 3, 2**31 - 1]), np.array([0, 5 << 40, 2**53 - 1]), np.array([0, 7, 65535])
+    expected = [found["key"](7, *each) for each in zip(atom.tolist(), context.tolist(), pos.tolist(), strict=True)]
+    assert priority(7, atom, context, pos).tolist() == expected
