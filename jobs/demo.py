@@ -37,7 +37,7 @@ training:
   checkpoint_tokens: 100_000
   validation: 0.05
 encode: {{run_tokens: 65536}}
-evaluate: {{tokens: 4096}}
+evaluate: {{tokens: 4096, ablations: 12}}
 export: {{folder: {folder}/viewer}}
 """
 _QUERIES: Final = {

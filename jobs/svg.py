@@ -71,7 +71,9 @@ class Axis:
 def bars(title: str, x_label: str, y_label: str, found: Sequence[Bar], *, log: bool = False) -> str:
     """A histogram."""
     x = Axis.over(x_label, [edge for bar in found for edge in (bar.lower, bar.upper)], log=log)
-    y = Axis.over(y_label, [bar.n for bar in found], zero=True)
+    if len(found) == 1 and not log:  # it would fill the chart
+        x = Axis(x_label, max(0.0, 2 * x.low - x.high), 2 * x.high - x.low)
+    y = Axis.over(y_label, [1.05 * bar.n for bar in found], zero=True)
     marks = []
     for bar in found:
         left, right, top, bottom = _x(x, bar.lower), _x(x, bar.upper), _y(y, bar.n), _y(y, 0)
