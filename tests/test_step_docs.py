@@ -3,6 +3,7 @@
 All of it is played once, page by page in the order of the steps; then each test looks at what came of it.
 """
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -378,3 +379,21 @@ def test_the_python_of_the_format_is_what_samples_are_drawn_by() -> None:
     atom, context, pos = np.array([0, 3, 2**31 - 1]), np.array([0, 5 << 40, 2**53 - 1]), np.array([0, 7, 65535])
     expected = [found["key"](7, *each) for each in zip(atom.tolist(), context.tolist(), pos.tolist(), strict=True)]
     assert priority(7, atom, context, pos).tolist() == expected
+
+
+def said() -> set[str]:
+    """Every text of the jobs, with dots for what is filled in."""
+    found = set()
+    for path in (DOCS.parent / "jobs").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(str(each.value) if isinstance(each, ast.Constant) else "..." for each in node.values))
+            elif isinstance(node, ast.Constant):
+                found.add(str(node.value))
+    return found
+
+
+def test_lines_that_take_more_are_the_programs() -> None:
+    lines = re.findall(r"^\| `([^`]+)` \|", INDEX.section("Lines that take more to bring about"), re.MULTILINE)
+    assert len(lines) > 10
+    assert sorted({*lines} - said()) == []
