@@ -11,13 +11,14 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from sae.jobs import evaluate
+from sae.jobs import evaluate, storage
 from sae.jobs.lake import Lake, connect
 from sae.jobs.measure import Measured, _Measurement, measure
 from sae.schemas import config
 from sae.schemas.errors import ConfigError
 from sae.schemas.tables import SCHEMAS
 from tests.in_process import run_of, train
+from tests.object_stores import serve
 from tests.tiny_run import CORPUS, NAME, Lab, sae
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -255,6 +256,17 @@ def test_evaluated_autoencoders_are_compared(labelled: Lab, here: None, tmp_path
     assert gone.code == 0
     assert not Lake(str(lab.lake)).snapshot().select("distributions", autoencoder="wide")
     assert Lake(str(lab.lake)).snapshot().select("distributions", corpus=CORPUS)
+
+
+def test_a_lake_in_an_object_store_has_its_report_there(labelled: Lab, here: None) -> None:
+    with serve("s3") as put:
+        for name, data in labelled.bytes().items():
+            put(f"lake/{name}", data)
+        shown = labelled.done("evaluate", lake="s3://bucket/lake")
+        path = f"s3://bucket/lake/reports/evaluation-{NAME}.html"
+        assert shown.lines[-1] == f"evaluate: the report is {path}"
+        page = ET.fromstring(storage.read_bytes(path).decode())
+    assert len(list(page.iter(f"{SVG}svg"))) == 6
 
 
 def test_several_autoencoders_need_several_reports(labelled: Lab) -> None:
