@@ -98,16 +98,14 @@ def _elastic(end: _End, salient: list[int], settings: Settings) -> Generator[lis
     """Those of the salient places, but for the first, that may follow the one before at any distance up to the gap."""
     elastic = set()
     for before, at in pairwise(salient):
-        if at - before - 1 > settings.gap:
+        own = at - before - 1
+        if own > settings.gap:
             continue
-        tests = [
-            end.tokens[: before + 1] + (settings.padding,) * n + end.tokens[at:]
-            for n in _distances(settings.gap)
-            if n != at - before - 1
-        ]
-        if not settings.gap or max(map(len, tests)) > settings.limit:
+        distances = sorted(set(_distances(settings.gap)) - {own}, key=lambda n: abs(n - own))
+        tests = [end.tokens[: before + 1] + (settings.padding,) * n + end.tokens[at:] for n in distances]
+        if not tests or max(map(len, tests)) > settings.limit:
             continue
-        # The longest one alone first: it fails for most.
+        # The nearest distance alone first: it is a short sequence, and most fail it.
         (found,) = yield tests[:1]
         if _is_missed(found, end, settings):
             continue
@@ -118,9 +116,9 @@ def _elastic(end: _End, salient: list[int], settings: Settings) -> Generator[lis
 
 
 def _distances(gap: int) -> Iterator[int]:
-    """The longest one, none, and powers of two."""
-    yield gap
-    yield 0
+    """The longest one, none, and powers of two; none where there are no gaps."""
+    if gap:
+        yield from (gap, 0)
     n = 1
     while n < gap:
         yield n

@@ -202,7 +202,7 @@ def test_planted_atoms_are_recovered_exactly_together() -> None:
 
 def test_a_batch_is_full_while_there_is_work_and_nothing_is_run_twice() -> None:
     draw = random.Random(1)
-    contexts = [tuple(draw.choices(range(200), k=8)) for _ in range(600)]
+    contexts = [tuple(draw.choices(range(200), k=8)) for _ in range(1200)]
     even = at_each(lambda tokens, at: at > 0 and tokens[at] % 2 == 0 and tokens[at - 1] % 2 == 0)
     fake = Fake(even)
     asked = [(0, pattern_of(c[: at + 1], 1.0, Settings(199))) for c in contexts for at in range(8) if even(c)[at]]
