@@ -43,6 +43,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "cookbook.md").read_text("utf-8")
 MACROS = sorted(path.stem for path in (ROOT / "schemas" / "sql" / "macros").glob("*.sql"))
 Floats = npt.NDArray[np.float64]
+# Patterns of some atoms and what they predict, with their recall and precision.
+EXPLAINED: Final[dict[int, tuple[dict[str, float], float | None, float | None]]] = {
+    1: ({" fox[*]": 3.5}, 0.25, 1.0),
+    3: ({" a dog": 2.5, "[^] fox": 1.25}, 0.5, 0.75),
+    5: ({}, None, None),
+}
 Rows = list[tuple[Any, ...]]
 # What the page asks about its lake, and what it is here.
 SWAPS: Final = {
@@ -125,9 +131,31 @@ def kitchen(tmp_path_factory: pytest.TempPathFactory) -> Kitchen:
     metrics = pa.table({**steps, "metric": ["fvu"] * 3, "value": [0.5, 0.75, 0.25]}, schema=SCHEMAS["metrics"])
     with demo.lake.transaction("train") as transaction:
         transaction.write("metrics", metrics, autoencoder="demo", corpus=CORPUS)
+        transaction.write("explanations", explanations(), autoencoder="early")
     rows = connect(str(folder)).execute("select autoencoder, list(direction order by atom) from decoders group by all")
     directions = {name: np.asarray(found, np.float64) for name, found in rows.fetchall()}
     return Kitchen(demo, early, small, directions)
+
+
+def explanations() -> pa.Table:
+    rows = [
+        {
+            "atom": atom,
+            "n_examples": 8,
+            "n_patterns": len(patterns),
+            "patterns": list(patterns),
+            "acts": list(patterns.values()),
+            "trie": "{}",
+            "n_tokens": 500,
+            "n_active": 9,
+            "n_predicted": 7,
+            "recall": recall,
+            "precision": precision,
+            "correlation": recall,
+        }
+        for atom, (patterns, recall, precision) in EXPLAINED.items()
+    ]
+    return pa.Table.from_pylist(rows, schema=SCHEMAS["explanations"])
 
 
 def density(of: Small, counted: npt.NDArray[np.bool_]) -> Floats:
@@ -198,6 +226,11 @@ def peak_tokens(k: Kitchen) -> Rows:
     rows = [(token, len(acts), max(acts)) for token, acts in found.items()]
     rows.sort(key=lambda row: (-row[1], -row[2], row[0]))
     return [(token, n, round(act, 2)) for token, n, act in rows[:5]]
+
+
+def in_words(_: Kitchen) -> Rows:
+    patterns, recall, precision = EXPLAINED[ATOM]
+    return [(pattern, act, recall, precision) for pattern, act in patterns.items()]
 
 
 def documents(k: Kitchen) -> Rows:
@@ -335,6 +368,7 @@ ANSWERS: Final[list[Callable[[Kitchen], Rows]]] = [
     top_examples,
     random_examples,
     peak_tokens,
+    in_words,
     documents,
     most_active_contexts,
     positions,
