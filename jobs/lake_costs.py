@@ -38,6 +38,7 @@ CONTEXT_TOKEN: Final = 1.8  # of each token of a context (3.6 where they are ran
 VOTE: Final = 4.7  # of an effect on a token, for each token in one of its four lists (-, 4.7)
 LOGIT: Final = 9  # (-, 8.4)
 NEIGHBOUR: Final = 7  # (-, 6.7)
+EXPLANATION: Final = 700  # (-, 808 with the footer of a file of 20)
 PAGE_TOKEN: Final = 18.5  # of each token of an example in JSON (20.3, 17.2)
 BINS: Final = 24  # that an atom has in a run (15, 24)
 
@@ -50,6 +51,10 @@ MERGED: Final = 6e6  # rows: 504.5 million in 46.5 s, 102.5 million in 18.3 s, w
 COPIED: Final = 2e6  # rows, in the order of tokens: 102.5 million in 25 s, beside other work
 REDUCED: Final = 3.5e6  # rows of top and samples, to examples: 40.8 million in 11.7 s
 PAGED: Final = 2e6  # tokens of examples, to JSON: 209.7 million in 57.5 s with Ray's start
+
+PROBED: Final = 65  # tokens that the subject runs for an example, to find its pattern: of 250 of the demo's atoms 64.6
+PROBE: Final = 8  # tokens of such a sequence, on average: 8.7
+MATCHED: Final = 55e6  # tokens times atoms, with activations and scores: 19.5 million in 0.35 s, beside other work
 
 # Of one GPU: an H200, with SmolLM2 to block 15 and 32,768 latents.
 EAGER: Final = 0.4  # of the rate of a compiled subject: 116 of 300 TFLOP/s
@@ -66,6 +71,7 @@ PACKAGES: Final = 350_000_000  # of the subject, with its tokenizer: 0.54 GB in 
 RUN_ROW: Final = 90  # of a run that is sorted or written: 20 as it is found, 68 more at the most
 COPIED_ROW: Final = 32  # of a block that is copied in the order of tokens: as by_token counts it
 REDUCING: Final = 200_000_000  # of examples, a range of atoms at a time: 0.39 GB in aggregate, whatever the runs
+PROBING: Final = 300_000_000  # of latents that are known already, and of contexts that are matched
 PAGES: Final = 340_000_000  # of atoms that are gathered at once, and of contexts as JSON: 0.53 GB a process of export
 
 
@@ -83,6 +89,7 @@ class Sizes:
     shards, runs: parts that are tokenized and encoded; run_tokens: tokens of a run
     examples: of an atom and kind; exported: atoms; ablated: examples whose effects are wanted
     votes, logits, neighbours: of each list; unit_examples: of a file of effects
+    explained: atoms, from `probed` examples together and measured on `scored` contexts; unit_atoms: of a file of those
     file_rows: of a compacted file; merged_at_once: sorted sets that are merged together at most; task: memory
     of a task of compact
     subject, subject_flops: bytes of the subject's weights, and operations of its forward to the hook, for a token;
@@ -116,6 +123,10 @@ class Sizes:
     logits: int = 20
     neighbours: int = 20
     unit_examples: int = 1024
+    explained: int = 0
+    probed: int = 0
+    scored: int = 0
+    unit_atoms: int = 512
     whole_flops: int = 0
 
     @property
@@ -153,7 +164,8 @@ class Step:
 def steps(sizes: Sizes, hosts: Hosts) -> list[Step]:
     """All of them, in order; rows of partial statistics and examples are the most that there can be."""
     harvest = [_harvest] if sizes.cached else []
-    return [each(sizes, hosts) for each in (_tokenize, *harvest, _encode, _compact, _aggregate, _effects, _export)]
+    made = (_tokenize, *harvest, _encode, _compact, _aggregate, _effects, _explain, _export)
+    return [each(sizes, hosts) for each in made]
 
 
 def _table(rows: int, row_bytes: float, files: int) -> Table:
@@ -293,6 +305,17 @@ def _effects(sizes: Sizes, hosts: Hosts) -> Step:
     of_run = dataclasses.replace(sizes, tokens=tokens)
     on_gpu = flops / (EAGER * hosts.rates.subject)
     return _computed("effects", tables, of_run, hosts, flops, on_gpu, 0.0, of_unit)
+
+
+def _explain(sizes: Sizes, hosts: Hosts) -> Step:
+    """Examples run as many short sequences, with latents at the last token of each."""
+    found, tokens = min(sizes.probed, sizes.rows), min(sizes.scored, sizes.contexts) * sizes.width
+    tables = {"explanations": _table(sizes.explained, EXPLANATION, -(-sizes.explained // sizes.unit_atoms))}
+    product = 2 * sizes.d_model * sizes.n_latents // PROBE
+    on_gpu = sizes.subject_flops / (EAGER * hosts.rates.subject) + product / hosts.rates.product
+    run = dataclasses.replace(sizes, tokens=found * PROBED)
+    matched = sizes.explained * tokens / MATCHED
+    return _computed("explain", tables, run, hosts, sizes.subject_flops + product, on_gpu, matched, PROBING)
 
 
 def _export(sizes: Sizes, hosts: Hosts) -> Step:

@@ -64,7 +64,10 @@ def sizes_of(config: Run, snapshot: Snapshot, subject: Mapping[str, int], tokens
     hidden = sum(contexts - documents * position // width for position in masked)
     exported = config.export.atoms or (0, shape.n_latents - 1)
     ablated = config.effects.atoms or (0, shape.n_latents - 1)
-    of_atom = len(set(config.effects.kinds)) * min(config.effects.ranks, config.encode.examples)
+    explained = config.explain.atoms or (0, shape.n_latents - 1)
+    of_atom, of_explained = (
+        len(set(given.kinds)) * min(given.ranks, config.encode.examples) for given in (config.effects, config.explain)
+    )
     return Sizes(
         tokens=tokens,
         contexts=contexts,
@@ -81,6 +84,10 @@ def sizes_of(config: Run, snapshot: Snapshot, subject: Mapping[str, int], tokens
         exported=exported[1] + 1 - exported[0],
         ablated=(ablated[1] + 1 - ablated[0]) * of_atom,
         **config.effects.model_dump(include={"votes", "logits", "neighbours", "unit_examples"}),
+        explained=explained[1] + 1 - explained[0],
+        probed=(explained[1] + 1 - explained[0]) * of_explained,
+        scored=config.explain.contexts,
+        unit_atoms=config.explain.unit_atoms,
         file_rows=config.compact.file_rows,
         merged_at_once=compact.sets_at_once(config),
         task=config.compact.memory_mb * 10**6,
