@@ -1,7 +1,12 @@
 """The step explain: planted atoms are found by the whole pipeline, rows against plain tries, and what is missing."""
 
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from tests import planted
 from tests.in_process import encode_all, explain_all, run_of, train
 from tests.tiny_run import NAME, Lab, sae, tiny_config
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS: dict[str, Any] = {
     "explain__ranks": 3,
     "explain__length": 6,
@@ -364,12 +370,34 @@ def test_the_command_gives_the_same_rows_with_ray_and_goes_on_where_it_was(
     files = rows(lab, "select count(*) from explanations")
     version = Lake(str(lab.lake)).snapshot().version
     lab.done("explain", **SETTINGS)
-    snapshot = Lake(str(lab.lake)).snapshot()
+    lake = Lake(str(lab.lake))
     assert files == [(20,)]
     assert table(lab) == table(made)
-    units = sorted(unit for unit in snapshot.units if unit.startswith("explain/"))
-    assert units == [f"explain/{NAME}/{part}" for part in ("0:19", "20:39", "40:59", "60:63")]
-    assert snapshot.version == version + 3
+    assert units(lake) == {f"explain/{NAME}/{part}" for part in ("0:19", "20:39", "40:59", "60:63")}
+    assert lake.snapshot().version == version + 3
+
+
+@pytest.mark.slow
+def test_a_command_that_was_killed_goes_on_with_what_is_missing(made: Lab, aggregated: Lab, tmp_path: Path) -> None:
+    lab = aggregated.copy(tmp_path)
+    given = {**SETTINGS, "explain__unit_atoms": 1}
+    flags = [f"--{key.replace('__', '.')}={value}" for key, value in {"lake": lab.lake, **given}.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sae.jobs.explain", str(lab.config), *flags]
+    with subprocess.Popen(command, env=environment, start_new_session=True) as running:
+        lake = Lake(str(lab.lake))
+        while len(units(lake)) < 3 and running.poll() is None:
+            time.sleep(0.01)
+        os.killpg(running.pid, signal.SIGKILL)
+    before = units(lake)
+    assert 3 <= len(before) < 64, "it was killed midway"
+    explain_all(lab, **SETTINGS)
+    assert before < units(lake)
+    assert table(lab) == table(made)
+
+
+def units(lake: Lake) -> set[str]:
+    return {unit for unit in lake.snapshot().units if unit.startswith("explain/")}
 
 
 def test_a_trie_of_the_table_is_json_that_names_its_gap(made: Lab) -> None:
