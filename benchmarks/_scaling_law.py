@@ -53,7 +53,7 @@ def fit(n: Sequence[float], k: Sequence[float], error: Sequence[float]) -> Law:
         if best is None or left < best[0]:
             best = left, found
     assert best is not None
-    return Law(*_uncentred(best[1], centre).tolist(), (best[0] / len(error)) ** 0.5)
+    return Law._make([*_uncentred(best[1], centre).tolist(), (best[0] / len(error)) ** 0.5])
 
 
 def _features(n: Sequence[float], k: Sequence[float]) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,9 @@ Shapes: c contexts of up to T tokens, e examples, d width at the hook, V vocabul
 token, m of them at once, v votes.
 
 x_ablated = x - act * decoder row (times the standard deviation that `normalize` took out of x): what the autoencoder
-does not explain stays. The act is the one that the autoencoder gives in this very run of the subject: a stored one is
-rounded to 10 mantissa bits, so that up to 1/2000 of the contribution would stay too.
+does not explain stays. Of a transcoder x is what it reconstructs, at the output hook. The act is the one that the
+autoencoder gives in this very run of the subject: a stored one is rounded to 10 mantissa bits, so that up to 1/2000 of
+the contribution would stay too.
 """
 
 from collections.abc import Iterator
@@ -72,23 +73,23 @@ class Ablation:
 
     def _of(self, clean: Clean, token_ids: Tensor, lengths: Tensor, examples: Examples) -> Effects:
         """Of some examples in contexts whose clean runs are given."""
-        act, acts = self._ablated(clean.acts, examples)
+        act, acts = self._ablated(clean, examples)
         final = self._onward.run(acts, clean.entering[examples.context])
         pairs = _Pairs.of(examples, lengths[examples.context] - 1 - examples.pos, acts.shape[1])
         return Effects(act, pairs.n_later, self._changes(clean.final, final, token_ids, pairs, act > 0))
 
-    def _ablated(self, clean: Tensor, examples: Examples) -> tuple[Tensor, Tensor]:
+    def _ablated(self, clean: Clean, examples: Examples) -> tuple[Tensor, Tensor]:
         """Act [e] of each atom, and activations [e, T, d] without its contribution."""
         context, pos, atom = examples
         at = torch.arange(len(pos), device=pos.device)
-        acts = clean[context]
-        x = acts[at, pos].float()
+        acts = clean.acts[context]
+        x = clean.encoded[context, pos].float()
         row, latent, value = self._autoencoder.nonzeros(x, self._rounded_encoder)
         mine = latent == atom[row]
         act = x.new_zeros(len(x)).index_put((row[mine],), value[mine].to(x.dtype))
         scale = self._autoencoder.preprocess(x)[1].get("std", x.new_ones(()))
         contribution = act[:, None] * self._autoencoder.decoder_rows[atom] * scale
-        acts[at, pos] = (x - contribution).to(acts.dtype)
+        acts[at, pos] = (acts[at, pos].float() - contribution).to(acts.dtype)
         return act, acts
 
     def _changes(self, clean: Tensor, final: Tensor, token_ids: Tensor, pairs: "_Pairs", active: Tensor) -> Changes:

@@ -27,26 +27,28 @@ _AGREES: Final = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 class Clean:
     """What of an unchanged run is needed to run on from the hook, for each context and position.
 
-    acts: [B, T, d] at the hook; entering: [B, T, D] the residual stream before the first block that runs on;
+    encoded: [B, T, d] what an autoencoder encodes; acts: [B, T, d] what it reconstructs, the same where the subject has
+    one hook, else at the output hook; entering: [B, T, D] the residual stream before the first block that runs on;
     final: [B, T, D] the stream behind the last block, of which `Onward.logits` are.
     """
 
+    encoded: Tensor
     acts: Tensor
     entering: Tensor
     final: Tensor
 
     def of(self, rows: Tensor | slice) -> Self:
         """That of some contexts."""
-        return type(self)(self.acts[rows], self.entering[rows], self.final[rows])
+        return type(self)(self.encoded[rows], self.acts[rows], self.entering[rows], self.final[rows])
 
     def followed_by(self, more: "Clean") -> "Clean":
         """That of these contexts and, behind them, of others that are as wide."""
-        pairs = ((getattr(self, name), getattr(more, name)) for name in ("acts", "entering", "final"))
+        pairs = ((getattr(self, name), getattr(more, name)) for name in ("encoded", "acts", "entering", "final"))
         return Clean(*map(torch.cat, pairs))
 
 
 class Onward:
-    """The part of a subject from its hook on.
+    """The part of a subject from its hook on: from its output hook, where it has one.
 
     Raises SubjectError where only its first layers are loaded, its hook is in no block, or its blocks can't be run by
     themselves: that is tried, on drawn tokens.
@@ -57,11 +59,10 @@ class Onward:
             raise SubjectError(
                 f"{subject.model}: effects need all layers, only the first are loaded; leave out subject.layers"
             )
-        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", subject.hook)
+        hook = subject.output_hook if subject.output_hook is not None else subject.hook
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
         if match is None:
-            raise SubjectError(
-                f"subject.hook: {subject.hook} is in no block; effects are known of hooks in blocks only"
-            )
+            raise SubjectError(f"subject.hook: {hook} is in no block; effects are known of hooks in blocks only")
         self._subject, self._bridge = subject, subject.bridge
         self._blocks = list(subject.bridge.blocks)
         self._is_stream = match[2] in _STREAM
@@ -75,18 +76,23 @@ class Onward:
         """Run token_ids [B, up to T] int64, padded on the right, from the beginning to the last block."""
         kept: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[..., None]:
+        def keep(names: list[str]) -> Callable[..., None]:
             def hook(acts: Tensor, hook: Any) -> None:
-                kept[name] = acts
+                kept.update(dict.fromkeys(names, acts))
 
             return hook
 
-        points = {"acts": self._subject.points[-1]}
+        points = {"encoded": self._subject.points[0], "acts": self._subject.points[-1]}
         if not self._is_stream:
             points["entering"] = self._blocks[self._first].hook_in
-        final = self._to_last_block(self._subject.padded(token_ids), {points[name]: keep(name) for name in points})
+        names: dict[Any, list[str]] = {}  # several may be of one place
+        for name, point in points.items():
+            names.setdefault(point, []).append(name)
+        final = self._to_last_block(
+            self._subject.padded(token_ids), {point: keep(those) for point, those in names.items()}
+        )
         acts = kept["acts"]
-        return Clean(acts.flatten(2), kept.get("entering", acts), final)
+        return Clean(kept["encoded"].flatten(2), acts.flatten(2), kept.get("entering", acts), final)
 
     @torch.no_grad()
     def run(self, acts: Tensor, entering: Tensor) -> Tensor:

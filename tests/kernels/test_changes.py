@@ -21,10 +21,10 @@ def body(device: str) -> Any:
     return dispatch.interpreter() if device == "interpreter" else nullcontext()
 
 
-def found_on(device: str, *given: Any) -> Changes:
-    place = "cuda" if device == "cuda" else "cpu"
+def found_on(device: str, *given: Tensor, votes: int = VOTES) -> Changes:
+    clean, ablated, shared, following = (one.to("cuda" if device == "cuda" else "cpu") for one in given)
     with body(device):
-        found = changes(*(one.to(place) if isinstance(one, Tensor) else one for one in given))
+        found = changes(clean, ablated, shared, following, votes)
     return Changes(*(column.cpu() for column in found))
 
 
@@ -51,7 +51,7 @@ def test_changes_equal_plain_formulas_and_votes_a_sort(device: str, seed: int, v
     generator = torch.Generator().manual_seed(seed)
     logits = 5 * torch.randn(7, vocabulary, generator=generator)
     shared, following = torch.tensor([0, 0, 1, 2]), torch.randint(vocabulary, (4,), generator=generator)
-    found = found_on(device, logits[:3], logits[3:], shared, following, VOTES)
+    found = found_on(device, logits[:3], logits[3:], shared, following)
     assert_right(found, logits[:3][shared].double(), logits[3:].double(), following, VOTES)
 
 
@@ -61,7 +61,7 @@ def test_votes_that_are_all_in_one_group_are_found(device: str) -> None:
     clean, ablated = torch.zeros(1, 9000), torch.zeros(1, 9000)
     raised = 4096 + 7 + 128 * torch.arange(VOTES)
     clean[0, raised] = torch.arange(VOTES, dtype=torch.float32) + 1
-    found = found_on(device, clean, ablated, torch.tensor([0]), torch.tensor([3]), VOTES)
+    found = found_on(device, clean, ablated, torch.tensor([0]), torch.tensor([3]))
     assert found.up_tokens_by_logits[0].tolist() == raised.flip(0).tolist()
     assert_right(found, clean.double(), ablated.double(), torch.tensor([3]), VOTES)
 
@@ -69,7 +69,7 @@ def test_votes_that_are_all_in_one_group_are_found(device: str) -> None:
 @pytest.mark.parametrize("device", ["twin", "interpreter"])
 def test_no_pairs_have_no_changes(device: str) -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    found = found_on(device, torch.zeros(0, 50), torch.zeros(0, 50), none, none, VOTES)
+    found = found_on(device, torch.zeros(0, 50), torch.zeros(0, 50), none, none)
     assert [len(column) for column in found] == [0] * len(found)
 
 
@@ -80,7 +80,7 @@ def test_a_model_s_vocabulary_in_its_types(dtype: torch.dtype, vocabulary: int) 
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(700, vocabulary, generator=generator)).to(dtype)
     shared, following = torch.arange(500) * 200 // 500, torch.randint(vocabulary, (500,), generator=generator)
-    found = found_on("cuda", logits[:200], logits[200:], shared, following, 10)
+    found = found_on("cuda", logits[:200], logits[200:], shared, following, votes=10)
     assert_right(found, logits[:200][shared].double(), logits[200:].double(), following, 10)
 
 

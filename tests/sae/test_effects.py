@@ -16,6 +16,7 @@ from sae.model import Autoencoder
 from sae.onward import Onward
 from sae.schemas.errors import SubjectError
 from sae.subject import Subject
+from sae.transcoder import Transcoder
 from tests.models import tiny_gpt2, tiny_llama
 
 WIDTH, VOTES = 20, 5
@@ -46,12 +47,29 @@ def random_autoencoder(d_model: int, normalize: bool) -> Autoencoder:
     return autoencoder.requires_grad_(False)
 
 
+def random_transcoder(d_model: int, d_out: int, normalize: bool) -> Transcoder:
+    torch.manual_seed(1)
+    transcoder = Transcoder(48, d_model, d_out, TopK(6), skip=True, normalize=normalize)
+    with torch.no_grad():
+        transcoder.latent_bias.uniform_(0, 0.1)
+        transcoder.encoder.weight.copy_(torch.nn.functional.normalize(torch.randn(48, d_model), dim=1))
+        assert transcoder.decoder is not None
+        assert transcoder.skip is not None
+        transcoder.decoder.weight.copy_(torch.randn(d_out, 48))
+        transcoder.skip.weight.normal_()
+    return transcoder.requires_grad_(False)
+
+
 class Case:
     """Contexts of some lengths with examples at active latents, and one of an atom that is not active there."""
 
     def __init__(self, subject: Subject, normalize: bool = True) -> None:
         self.subject = subject
-        self.autoencoder = random_autoencoder(subject.d_model, normalize)
+        self.autoencoder = (
+            random_autoencoder(subject.d_model, normalize)
+            if subject.output_hook is None
+            else random_transcoder(subject.d_model, subject.width - subject.d_model, normalize)
+        )
         generator = torch.Generator().manual_seed(2)
         self.token_ids = torch.randint(subject.vocab_size, (5, WIDTH), generator=generator)
         self.lengths = torch.tensor([WIDTH, 2, 11, WIDTH, 7])
@@ -77,19 +95,24 @@ class Case:
         context, pos, atom = (int(column[number]) for column in self.examples)
         ids = self.token_ids[context, : self.lengths[context]][None]
 
+        seen: list[Tensor] = []
+
+        def see(acts: Tensor, hook: Any) -> None:
+            seen.append(acts[0, pos].flatten())
+
         def zero_latent(acts: Tensor, hook: Any) -> Tensor:
-            x = acts[0, pos].flatten()
-            latents, info = self.autoencoder.encode(x)
-            error = x - self.autoencoder.decode(latents, info)
+            latents, info = self.autoencoder.encode(seen[-1])
+            error = acts[0, pos].flatten() - self.autoencoder.decode(latents, info)
             without = latents.clone()
             without[atom] = 0
             changed = acts.clone()
             changed[0, pos] = (self.autoencoder.decode(without, info) + error).view_as(acts[0, pos])
             return changed
 
+        hooks = [(self.subject.hook, see), (self.subject.output_hook or self.subject.hook, zero_latent)]
         with torch.no_grad():
             clean = self.subject.bridge(ids)[0]
-            ablated = self.subject.bridge.run_with_hooks(ids, fwd_hooks=[(self.subject.hook, zero_latent)])[0]
+            ablated = self.subject.bridge.run_with_hooks(ids, fwd_hooks=hooks)[0]
         p, q = clean.log_softmax(-1), ablated.log_softmax(-1)
         following = ids[0, 1:]
         at = torch.arange(len(following))
@@ -129,6 +152,22 @@ def test_effects_equal_a_whole_forward_that_zeroes_the_latent(
     folders: dict[str, str], model: str, hook: str, normalize: bool
 ) -> None:
     assert_as_slow(Case(Subject.load(folders[model], hook), normalize))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("hook", "output_hook"),
+    [
+        ("blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"),
+        ("blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"),
+        ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"),
+        ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"),
+    ],
+)
+def test_effects_of_a_transcoder_are_those_of_what_it_writes(
+    folders: dict[str, str], hook: str, output_hook: str, normalize: bool
+) -> None:
+    assert_as_slow(Case(Subject.load(folders["gpt2"], hook, output_hook=output_hook), normalize))
 
 
 @pytest.mark.long
