@@ -231,9 +231,7 @@ def test_an_unknown_format_is_told_in_one_line(small: Small, tmp_path: Path) -> 
     config.write_text(json.dumps(small.config.model_dump(mode="json", exclude={"autoencoders"})))
     result = sae("export", config, "--export.format", "csv")
     assert (result.code, len(result.lines)) == (1, 1)
-    assert (
-        "export.format: got 'csv'; expected 'openai', 'site', 'html', 'saedashboard'" in result.stderr
-    )
+    assert "export.format: got 'csv'; expected 'openai', 'site', 'html', 'saedashboard'" in result.stderr
 
 
 def cut(path: Path) -> None:
