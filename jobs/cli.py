@@ -17,10 +17,10 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
 STEPS: Final = (
-    "tokenize", "harvest", "train", "encode", "compact", "aggregate", "evaluate", "effects", "explain", "export",
+    "tokenize", "harvest", "train", "encode", "compact", "aggregate", "effects", "explain", "evaluate", "export",
 )  # fmt: skip
 # The others are done once for all of `autoencoders`.
-_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "evaluate", "effects", "explain", "export"})
+_OF_ONE_AUTOENCODER: Final = frozenset({"encode", "compact", "aggregate", "effects", "explain", "evaluate", "export"})
 # Some work hours before they find that they may not write.
 _WRITES_LATE: Final = frozenset({"harvest", "train", "encode", "compact", "effects", "explain"})
 _METAVARS: Final = {"step": "STEP", "config": "run.yaml", "lake": "LAKE", "source": "SOURCE"}

@@ -38,11 +38,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class _End:
-    """The shortest end of an example: tokens, of which the first `lead` are padding, and its own activation."""
+    """An end of an example: tokens, of which the first `lead` are padding, and its own activation.
+
+    whole: all of the example, so that the context begins with it.
+    """
 
     tokens: Tokens
     lead: int
     act: float
+    whole: bool
 
 
 def pattern_of(tokens: Tokens, act: float, settings: Settings) -> Tests:
@@ -50,28 +54,47 @@ def pattern_of(tokens: Tokens, act: float, settings: Settings) -> Tests:
 
     Returns None where no end of up to settings.length tokens has the share of the activation that it must have.
     """
-    end = yield from _shortest(tokens, act, settings)
-    if end is None:
+    found = yield from _shortest(tokens, act, settings)
+    if found is None:
         return None
-    bound = yield from _is_bound_to_start(end, act, settings)
+    end, bound = found
     salient = yield from _salient(end, settings)
     elastic = yield from _elastic(end, salient, settings)
     return Pattern(_elements(end, salient, elastic, bound), end.act)
 
 
-def _shortest(tokens: Tokens, act: float, settings: Settings) -> Generator[list[Tokens], list[float], _End | None]:
+def _shortest(
+    tokens: Tokens, act: float, settings: Settings
+) -> Generator[list[Tokens], list[float], tuple[_End, bool] | None]:
+    """The shortest end that activates the atom, also behind another token, and whether it is bound to the start.
+
+    Only what did stand there can be. Where a longer end is needed for it than are tried, the shortest that activates
+    the atom at all is taken for one that needs nothing before it.
+    """
+    first: _End | None = None
     for n in range(1, min(len(tokens), settings.length) + 1):
-        whole = n == len(tokens)
-        lead = 0 if whole else settings.lead
-        end = (settings.padding,) * lead + tokens[-n:]
-        if len(end) > settings.limit:
+        end = yield from _end(tokens, n, act, settings)
+        if end is None:
             continue
-        (found,) = yield [end]
-        if found >= settings.threshold * act:
-            return _End(end, lead, found)
-        if whole:  # which rounds otherwise than where it was encoded
-            return _End(end, lead, act)
-    return None
+        bound = yield from _is_bound_to_start(end, act, settings)
+        if end.whole or not bound:
+            return end, bound
+        first = first if first is not None else end
+    return (first, False) if first is not None else None
+
+
+def _end(tokens: Tokens, n: int, act: float, settings: Settings) -> Generator[list[Tokens], list[float], _End | None]:
+    """The last n tokens, if they have the share of the activation that they must have and can be run."""
+    whole = n == len(tokens)
+    lead = 0 if whole else settings.lead
+    end = (settings.padding,) * lead + tokens[-n:]
+    if len(end) > settings.limit:
+        return None
+    (found,) = yield [end]
+    if found < settings.threshold * act:
+        # All of it has it, though it rounds otherwise than where it was encoded.
+        return _End(end, lead, act, whole) if whole else None
+    return _End(end, lead, found, whole)
 
 
 def _is_bound_to_start(end: _End, act: float, settings: Settings) -> Generator[list[Tokens], list[float], bool]:

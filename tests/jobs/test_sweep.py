@@ -210,7 +210,7 @@ def test_every_step_heeds_the_list(alone: Lab, tokenized: Lab, one_ray: None, tm
     lab = Lab(lab_of(tmp_path, tokenized, *SHAPES[:2]).folder, alone.copy(tmp_path / "trained").lake)
     result = lab.done("run", encode__run_tokens=4096)
     told = [line for line in result.lines if ": autoencoder " in line]
-    steps = ("encode", "compact", "aggregate", "evaluate", "effects", "explain", "export")
+    steps = ("encode", "compact", "aggregate", "effects", "explain", "evaluate", "export")
     assert told == [f"{step}: autoencoder {name}" for step in steps for name in (first, second)]
     atoms = "select autoencoder, count(*) from atoms group by 1 order by 1"
     assert connect(str(lab.lake)).sql(atoms).fetchall() == [(second, 160), (first, 64)]

@@ -147,6 +147,15 @@ def test_ends_stand_behind_as_much_padding_as_positions_do_not_count() -> None:
     assert explained(second, [((A, B, C), 1)], lead=1).patterns() == [Pattern((ANY, ANY, START), 1.0)]
 
 
+def test_an_end_from_within_a_context_is_not_bound_to_a_start_where_it_never_stood() -> None:
+    """It fires there too, for another reason than in its context: what it has before it there is looked for."""
+    behind_a = at_each(lambda tokens, at: tokens[at] == C and (at == 0 or A in tokens[:at]))
+    assert explained(behind_a, [((B, A, B, C), 3)]).patterns() == [Pattern((C, ANY, A), 1.0)]
+    # Where that is too far away to be tried, nothing is said of what comes before.
+    assert explained(behind_a, [((B, A, B, C), 3)], length=2).patterns() == [Pattern((C,), 1.0)]
+    assert explained(behind_a, [((C, B), 0)]).patterns() == [Pattern((C, START), 1.0)]
+
+
 def test_no_sequence_is_longer_than_the_subject_can_run() -> None:
     fake = Fake(a_before_c)
     tokens = (A, B, B, C)
