@@ -379,7 +379,7 @@ def test_the_command_gives_the_same_rows_with_ray_and_goes_on_where_it_was(
     assert lake.snapshot().version == version + 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_command_that_was_killed_goes_on_with_what_is_missing(made: Lab, aggregated: Lab, tmp_path: Path) -> None:
     lab = aggregated.copy(tmp_path)
     given = {**SETTINGS, "explain__unit_atoms": 1}
