@@ -261,9 +261,9 @@ def test_evaluated_autoencoders_are_compared(labelled: Lab, here: None, tmp_path
 def test_a_lake_in_an_object_store_has_its_report_there(labelled: Lab, here: None) -> None:
     with serve("s3") as put:
         for name, data in labelled.bytes().items():
-            put(f"lake/{name}", data)
-        shown = labelled.done("evaluate", lake="s3://bucket/lake")
-        path = f"s3://bucket/lake/reports/evaluation-{NAME}.html"
+            put(f"evaluated/{name}", data)
+        shown = labelled.done("evaluate", lake="s3://bucket/evaluated")
+        path = f"s3://bucket/evaluated/reports/evaluation-{NAME}.html"
         assert shown.lines[-1] == f"evaluate: the report is {path}"
         page = ET.fromstring(storage.read_bytes(path).decode())
     assert len(list(page.iter(f"{SVG}svg"))) == 6
