@@ -23,7 +23,8 @@ from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError, SaeError
 
 _OTHERS_TELL_WITHIN_S: Final = 3.0
-# How far ranks may be apart; one that is dead is noticed otherwise, and at once.
+# How far ranks may be apart, and how long nothing may be heard of them, which collectives in CUDA graphs have no limit
+# for; one that is dead is noticed otherwise, and at once.
 _APART: Final = timedelta(minutes=30)
 _DEAD_BECAUSE: Final = "The actor is dead because "
 
@@ -145,7 +146,10 @@ class Reports:
         try:
             self._begin()
             while True:
-                (ready, *_), _ = ray.wait([self._stream, *self._others], num_returns=1)
+                found, _ = ray.wait([self._stream, *self._others], num_returns=1, timeout=_APART.total_seconds())
+                if not found:
+                    raise Lost(f"nothing was heard of any rank for {_APART}", time.monotonic())
+                (ready,) = found
                 if ready in self._others:
                     ray.get(ready)
                     self._others.remove(ready)

@@ -23,7 +23,8 @@ class Group:
     """Ranks that work together, in order of `rank`.
 
     Every rank must make the same calls in the same order. When another rank is lost, gloo raises RuntimeError, and
-    NCCL ends the process, at the latest after the process group's timeout.
+    NCCL ends the process, at the latest after the process group's timeout; but it knows nothing of what is in a CUDA
+    graph: whoever watches the ranks must notice that they stand still.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:

@@ -49,6 +49,7 @@ class Replay:
         """Let go of all that was recorded."""
         self._recorded.clear()
         self._seen.clear()
+        self._pool = None
 
     def _record(self, key: Key, x: Tensor) -> None:
         if len(self._recorded) == self.KEPT:
@@ -59,6 +60,12 @@ class Replay:
         static = torch.empty_like(x, memory_format=torch.contiguous_format)
         graph: Any = torch.cuda.CUDAGraph()
         # Other threads go on to copy and allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = self._function(static, key[-1])
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = self._function(static, key[-1])
+        except RuntimeError as error:
+            # Ending a recording that broke off among collectives is an error too, which hides the first one.
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None
+            raise
         self._recorded[key] = _Recorded(graph, static, result)

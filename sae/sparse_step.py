@@ -348,9 +348,10 @@ class SparseStep:
         self._published.clear()
 
     def end(self) -> None:
-        """Let go of recorded steps, which keep the communicators of a mesh."""
+        """Let go of recorded steps, which keep the communicators of a mesh, and record none from here on."""
         if self._replay is not None:
             self._replay.forget()
+            self._run = self._train
 
     def _parameter(self, name: str) -> Parameter:
         return self._optimiser.parameter(name, self._ema.average(name) if self._ema is not None else None)
