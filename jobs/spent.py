@@ -1,5 +1,6 @@
 """What the steps of a run really wrote and took: from the lake's log, and from the manifest of an export."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
@@ -8,10 +9,12 @@ from sae.jobs import export
 from sae.jobs.lake import DataFile, Lake, Snapshot
 from sae.jobs.lake_costs import Table
 from sae.schemas.config import Run
+from sae.schemas.errors import SubjectError
 
 _READERS: Final = 32  # of entries, which in an object store are waited for
 _STEPS: Final = {  # by the operation of an entry
     "tokenize": "tokenize",
+    "harvest": "harvest",
     "encode": "encode",
     "by_token": "compact",
     "compact": "compact",
@@ -40,10 +43,12 @@ def spent(lake: Lake, snapshot: Snapshot, config: Run) -> dict[str, Spent]:
     Compacted files hold all corpora of an autoencoder.
     """
     corpus, name = config.corpus.name, config.autoencoder.name
-    entries = _entries(lake, snapshot, config)
+    subject = _subject(snapshot, config)
+    entries = _entries(lake, snapshot, config, subject)
     encoded = [DataFile.from_json(file) for entry in entries.get("encode", []) for file in entry["add"]]
     files = {
         "tokenize": snapshot.select("contexts", corpus=corpus),
+        "harvest": snapshot.select("activations", corpus=corpus, subject=subject) if subject else [],
         "encode": encoded,
         "compact": [
             *(file for file in snapshot.select("latents", autoencoder=name) if file.run is None),
@@ -65,14 +70,25 @@ def spent(lake: Lake, snapshot: Snapshot, config: Run) -> dict[str, Spent]:
     return found
 
 
-def _entries(lake: Lake, snapshot: Snapshot, config: Run) -> dict[str, list[Entry]]:
+def _subject(snapshot: Snapshot, config: Run) -> str | None:
+    """Whose cached activations are the run's; None where there are none, or the subject's config is not at hand."""
+    if not snapshot.select("activations", corpus=config.corpus.name):
+        return None
+    from sae.subject import fingerprint  # with transformer_lens, which takes seconds to import
+
+    with contextlib.suppress(SubjectError):
+        return fingerprint(**config.subject.model_dump())[:12]
+    return None
+
+
+def _entries(lake: Lake, snapshot: Snapshot, config: Run, subject: str | None) -> dict[str, list[Entry]]:
     """The log's entries about the run, by step, without those of what was dropped or done anew."""
     units: dict[str, Entry] = {}
     others: list[Entry] = []
     for entry in _read(lake, snapshot):
         for unit in entry["forget"]:
             units.pop(unit, None)
-        if not _is_about(entry, config):
+        if not _is_about(entry, config, subject):
             continue
         if entry["unit"]:
             units[entry["unit"]] = entry
@@ -90,14 +106,16 @@ def _read(lake: Lake, snapshot: Snapshot) -> Iterator[Entry]:
         yield from filter(None, pool.map(lake.log.entry, range(snapshot.version + 1)))
 
 
-def _is_about(entry: Entry, config: Run) -> bool:
-    """Whether it added something to the run's corpus, or for its autoencoder."""
+def _is_about(entry: Entry, config: Run, subject: str | None) -> bool:
+    """Whether it added something to the run's corpus, of its subject or for its autoencoder."""
     if entry.get("operation") not in _STEPS:
         return False
-    corpora, autoencoders = ({file[key] for file in entry["add"]} - {None} for key in ("corpus", "autoencoder"))
+    keys = ("corpus", "autoencoder", "subject")
+    corpora, autoencoders, subjects = ({file[key] for file in entry["add"]} - {None} for key in keys)
     if not corpora | autoencoders:
         return False
-    return corpora <= {config.corpus.name} and autoencoders <= {config.autoencoder.name}
+    own = corpora <= {config.corpus.name} and autoencoders <= {config.autoencoder.name}
+    return own and subjects <= {subject}
 
 
 def _tables(files: Iterable[DataFile]) -> dict[str, Table]:

@@ -67,6 +67,33 @@ def resolve_hook(name: str) -> str:
     return name
 
 
+def fingerprint(
+    model: str,
+    hook: str,
+    *,
+    output_hook: str | None = None,
+    layers: int | None = None,
+    dtype: str = "float32",
+    masked_positions: Sequence[int] = (),
+) -> str:
+    """The fingerprint of a subject that is loaded with these, told without loading it."""
+    config = load_config(model)
+    n_layers = int(config.get_text_config().num_hidden_layers)
+    identity = {
+        "model": weights_identity(model, config),
+        "hook": resolve_hook(hook),
+        **({"output_hook": resolve_hook(output_hook)} if output_hook is not None else {}),
+        "layers": layers if layers != n_layers else None,
+        "dtype": dtype,
+        "masked_positions": _sorted(masked_positions),
+    }
+    return sha256(json.dumps(identity, sort_keys=True).encode())
+
+
+def _sorted(positions: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(positions)))
+
+
 @dataclass(frozen=True)
 class Subject:
     """A subject model and the hook point whose activations are studied. Made by `Subject.load`."""
@@ -131,15 +158,6 @@ class Subject:
         if output_hook is not None:
             _check_order(bridge, points, given)
         _use_fused_attention(bridge, points)
-        masked = tuple(sorted(set(masked_positions)))
-        identity = {
-            "model": weights_identity(model, config),
-            "hook": names[0],
-            **({"output_hook": names[1]} if output_hook is not None else {}),
-            "layers": layers if layers != n_layers else None,
-            "dtype": dtype,
-            "masked_positions": masked,
-        }
         return cls(
             model=model,
             hook=names[0],
@@ -150,8 +168,10 @@ class Subject:
             vocab_size=int(config.get_text_config().vocab_size),
             tokenizer=tokenizer,
             bos_id=tokenizer.bos_token_id,
-            masked_positions=masked,
-            fingerprint=sha256(json.dumps(identity, sort_keys=True).encode()),
+            masked_positions=_sorted(masked_positions),
+            fingerprint=fingerprint(
+                model, hook, output_hook=output_hook, layers=layers, dtype=dtype, masked_positions=masked_positions
+            ),
             complete=layers in (None, n_layers),
             bridge=bridge,
             points=points,

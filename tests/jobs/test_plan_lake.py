@@ -17,6 +17,7 @@ from sae.jobs.lake import Lake
 from sae.jobs.lake_costs import Hosts, Sizes, Step, merged_rows, steps
 from sae.jobs.log import sealed
 from sae.jobs.spent import spent
+from tests.in_process import harvest_all
 from tests.tiny_run import CORPUS, NAME, Lab, sae
 
 # SmolLM2-135M to block 15, contexts of 128, 32,768 latents: benchmarks/results/2026-11-23.md.
@@ -142,6 +143,22 @@ def test_tables_tell_what_json_tells(done: Lab) -> None:
 def test_only_what_is_done_is_told(tokenized: Lab, finished: Lab) -> None:
     assert {name for name, each in steps_of(tokenized).items() if each["really"]} == {"tokenize"}
     assert {name for name, each in steps_of(finished).items() if each["really"]} == {"tokenize", "encode", "aggregate"}
+
+
+def test_what_harvest_spent_is_told(tokenized: Lab, tmp_path: Path) -> None:
+    lab = tokenized.copy(tmp_path)
+    cached = ("--training.source", "cached")
+    assert steps_of(lab, *cached)["harvest"]["really"] is None
+    harvest_all(lab)
+    harvest = steps_of(lab, *cached)["harvest"]
+    (plan,), (found,) = harvest["tables"].values(), harvest["really"]["tables"].values()
+    assert (found["rows"], found["files"]) == (plan["rows"], plan["files"])
+    assert plan["bytes"] / 3 < found["bytes"] < 3 * plan["bytes"]
+    assert 0 < harvest["really"]["seconds"] < 600
+    other = steps_of(lab, *cached, "--subject.hook", "blocks.0.hook_resid_pre")
+    assert other["harvest"]["really"] is None, "they are the activations at another hook"
+    nowhere = steps_of(lab, *cached, "--subject.model", "/nowhere", "--d-model", "32")
+    assert nowhere["harvest"]["really"] is None
 
 
 def test_an_export_of_other_latents_is_not_told(done: Lab) -> None:
