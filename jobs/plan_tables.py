@@ -120,8 +120,9 @@ def _written(of: Mapping[str, Any]) -> Titled:
     table = _table("", "", *(header for group in columns for header in group))
     for step in of["steps"]:
         done = step["really"]["tables"] if step["really"] else {}
-        for at, (name, planned) in enumerate(step["tables"].items()):
-            cells = zip(_sizes(planned), _sizes(done.get(name)), strict=True)
+        # What is there may be more than is planned: a copy by token, for one, that another command made.
+        for at, name in enumerate(step["tables"] | done):
+            cells = zip(_sizes(step["tables"].get(name)), _sizes(done.get(name)), strict=True)
             table.add_row(
                 "" if at else _name(of, step), name, *(cell for pair in cells for cell in pair[: 1 + bool(really)])
             )

@@ -87,6 +87,11 @@ def test_a_copy_by_token_is_planned_and_told(done: Lab) -> None:
     plan, really = (tables["latents_by_token"] for tables in (compact["tables"], compact["really"]["tables"]))
     assert (really["rows"], really["files"]) == (plan["rows"], plan["files"])
     assert "latents_by_token" not in steps_of(done)["compact"]["tables"]
+    flags = (f"--lake={done.lake}", f"--export.folder={done.lake.parent / 'viewer'}")
+    written = sae("plan", done.config, *flags).stdout.split("\n\n")[-2]
+    (line,) = (line for line in written.splitlines() if "latents_by_token" in line)
+    there = [f"{really['rows']:,}", f"{really['bytes'] / 1e6:,.3f}", f"{really['files']:,}"]
+    assert line.split() == ["latents_by_token", *(cell for size in there for cell in ("-", size))]
 
 
 @pytest.fixture
