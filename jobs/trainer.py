@@ -89,8 +89,8 @@ class Trainer:
         rows = np.flatnonzero(~validation)
         if kept[rows].sum() == 0:
             raise CorpusError(
-                f"corpus {config.corpus.name}: no token is left to train on once {training.validation:.0%} is "
-                "held out; add text or set training.validation: 0"
+                f"corpus {config.corpus.name}: no token is left to train on once training.validation, "
+                f"{training.validation:g} of it, is held out; add text or set training.validation: 0"
             )
         described = {"model": config.subject.model, "hook": subject.hook, "d_model": subject.d_model}
         if subject.output_hook is not None:

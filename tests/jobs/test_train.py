@@ -11,7 +11,7 @@ import pytest
 from sae.jobs import checkpoints, trainer
 from sae.jobs.lake import Lake
 from sae.jobs.trainer import Trainer
-from sae.schemas.errors import ConflictError
+from sae.schemas.errors import ConflictError, CorpusError
 from tests.in_process import harvest_all, run_of, train
 from tests.models import tiny_gpt2
 from tests.tiny_run import NAME, Lab, sae
@@ -136,6 +136,12 @@ def test_the_cache_serves_a_training_that_holds_nothing_out(tokenized: Lab, tmp_
     harvest_all(lab)
     train(lab, training__source="cached", training__validation=0, training__tokens=SHORT)
     assert state(lab)["complete"]
+
+
+def test_the_part_that_is_held_out_is_told_as_it_was_given(tokenized: Lab, tmp_path: Path) -> None:
+    told = "no token is left to train on once training.validation, 0.999 of it, is held out"
+    with pytest.raises(CorpusError, match=told):
+        train(tokenized.copy(tmp_path), training__validation=0.999)
 
 
 def test_the_cache_may_have_runs_without_a_token(lab: Lab, tmp_path: Path) -> None:
