@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sae.jobs.views import Range
+from sae.schemas.errors import LakeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,12 @@ class DataFile:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "DataFile":
+        unknown = sorted(value.keys() - {each.name for each in dataclasses.fields(cls)})
+        if unknown:
+            raise LakeError(
+                f"{value.get('path')}: the lake's log has {', '.join(unknown)} for it, which this sae does not know, "
+                "so a newer one wrote it; upgrade sae"
+            )
         ranges = {key: tuple(value[key]) if value[key] else None for key in ("atoms", "contexts")}
         return cls(**{**value, **ranges})
 

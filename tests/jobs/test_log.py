@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -143,6 +144,24 @@ def test_an_entry_of_an_older_lake_has_no_checksum(lake: Lake) -> None:
     old["sha"] = "0"  # as damage to the name of the checksum would look
     path.write_text(json.dumps(old))
     with pytest.raises(DamagedError, match="not a log entry"):
+        Lake(lake.path).snapshot()
+
+
+def test_what_a_newer_sae_notes_of_a_file_is_told_in_one_line(tmp_path: Path) -> None:
+    lake = write_log(tmp_path / "lake", CHECKPOINT_EVERY - 1, checkpoints=False)
+    newer: dict[str, Any] = entry(CHECKPOINT_EVERY - 1)
+    newer["add"] = [{**file, "sorted": True, "codec": "zstd"} for file in newer["add"]]
+    assert lake.log.link(sealed(newer))
+    told = f"^{newer['add'][0]['path']}: the lake's log has codec, sorted for it, .* newer one wrote it; upgrade sae$"
+    with pytest.raises(LakeError, match=told):
+        Lake(lake.path).snapshot()
+    assert lake.log.read_checkpoint(CHECKPOINT_EVERY - 1) is None
+    checkpoint = {"format": 1, **replayed(CHECKPOINT_EVERY - 2).to_json(), "version": CHECKPOINT_EVERY - 1}
+    checkpoint["files"] = [{**file, "sorted": True} for file in checkpoint["files"]]
+    checkpoint["entry"] = sealed(newer)["sha256"]
+    Path(lake.log.checkpoint_path(CHECKPOINT_EVERY - 1)).write_text(json.dumps(sealed(checkpoint)))
+    assert lake.log.read_checkpoint(CHECKPOINT_EVERY - 1) is None
+    with pytest.raises(LakeError, match=told):
         Lake(lake.path).snapshot()
 
 
