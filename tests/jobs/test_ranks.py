@@ -7,9 +7,14 @@ from typing import Any
 
 import pytest
 import ray
+import torch
+import torch.distributed as dist
 
 from sae.jobs import ranks
 from sae.jobs.ranks import Lost, Reports
+from sae.schemas.errors import ConfigError
+from tests.in_process import run_of
+from tests.tiny_run import Lab
 
 
 class Stuck:
@@ -21,6 +26,17 @@ class Stuck:
     def train(self, address: str) -> Iterator[tuple[int, str]]:
         yield 1, address
         threading.Event().wait()
+
+
+def test_a_torch_without_nccl_is_told_before_ranks_look_for_each_other(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    told = "^cluster: tp and dp on GPUs need a torch with NCCL, which this one lacks; install another$"
+    config = run_of(lab, cluster__dp=2)
+    with pytest.raises(ConfigError, match=told), ranks.joined(config, 0, 2, "tcp://127.0.0.1:1"):
+        pass
 
 
 def test_ranks_that_nothing_is_heard_of_are_lost(one_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
