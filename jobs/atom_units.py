@@ -32,11 +32,7 @@ def examples_source(snapshot: Snapshot, config: Run) -> Source:
     encoded_with = snapshot.properties[f"encode/{name}"]["checkpoint"]
     weights = checkpoints.identity(snapshot, name, config.encode.weights, config.encode.checkpoint)
     if weights != encoded_with:
-        raise ConfigError(
-            f"its weights: the latents of {name} in {config.lake} were made with {encoded_with}, now it is {weights}; "
-            "give the encode.weights and encode.checkpoint that they were made with, or encode anew after: "
-            f"sae drop {config.lake} --latents {name}"
-        )
+        raise checkpoints.other_weights(snapshot, config, encoded_with)
     return {"checkpoint": weights, "aggregate": merged}
 
 

@@ -1,11 +1,12 @@
 """Autoencoders in the lake: their property `autoencoder/NAME` and the files of their checkpoints."""
 
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, Final, Literal
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import safetensors.torch
 import torch
@@ -250,6 +251,22 @@ def _files(state: dict[str, Any], name: str, weights: Weights, which: Which) -> 
 def _hash(snapshot: Snapshot, shards: Shards) -> str:
     hashes = [snapshot.files[shard["path"]].sha256 for shard in shards]
     return hashes[0][:12] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()[:12]
+
+
+def other_weights(snapshot: Snapshot, config: Run, encoded_with: str) -> ConfigError:
+    """What is wrong where the config chooses other weights than those, which encoded: the keys that choose them."""
+    name, given = config.autoencoder.name, config.encode
+    drop = f"sae drop {config.lake} --latents {name}"
+    remedy = f"no checkpoint that can be chosen has those any more, so encode anew after: {drop}"
+    for weights, which in itertools.product(get_args(Weights), get_args(Which)):
+        with suppress(ConfigError):
+            if identity(snapshot, name, weights, which) == encoded_with:
+                remedy = f"give {weights} and {which}, or encode anew after: {drop}"
+                break
+    return ConfigError(
+        f"encode.weights, encode.checkpoint: got {given.weights} and {given.checkpoint}, but the latents of {name} in "
+        f"{config.lake} were made with other weights; {remedy}"
+    )
 
 
 Place = tuple[Shards, str]

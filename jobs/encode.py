@@ -52,7 +52,9 @@ def _encoding(lake: Lake, config: Run) -> dict[str, Any]:
     }
     for key, known in snapshot.properties.get(f"encode/{name}", encoding).items():
         if encoding[key] != known:
-            where = {"checkpoint": "its weights", "seed": "seed"}.get(key, f"encode.{key}")
+            if key == "checkpoint":
+                raise checkpoints.other_weights(snapshot, config, known)
+            where = "seed" if key == "seed" else f"encode.{key}"
             raise ConfigError(
                 f"{where}: the latents of {name} in {config.lake} were made with {known}, now it is {encoding[key]}; "
                 f"keep {known}, or delete them with: sae drop {config.lake} --latents {name}"

@@ -214,7 +214,7 @@ def test_logits_are_the_direction_through_norm_and_unembedding(made: Lab) -> Non
     [
         ({"effects__atoms": [60, 64]}, "effects.atoms: got 60 to 64; autoencoder tiny has atoms 0 to 63"),
         ({"subject__hook": "blocks.0.hook_resid_pre"}, "subject.hook: autoencoder tiny"),
-        ({"encode__weights": "plain"}, "give the encode.weights and encode.checkpoint that they were made with"),
+        ({"encode__weights": "plain"}, "encode.weights, encode.checkpoint: got plain and last,"),
     ],
 )
 def test_what_does_not_fit_is_one_line(aggregated: Lab, overrides: dict[str, Any], line: str) -> None:

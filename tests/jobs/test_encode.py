@@ -12,7 +12,7 @@ from sae import device_statistics
 from sae.jobs import checkpoints, encode, runs
 from sae.jobs.lake import Lake
 from sae.schemas.errors import ConfigError, LakeError
-from tests.in_process import encoder, run_of, train
+from tests.in_process import encode_all, encoder, run_of, train
 from tests.models import tiny_gpt2
 from tests.tiny_run import CORPUS, NAME, Lab
 
@@ -38,6 +38,20 @@ def test_a_worker_refuses_weights_that_are_newer_than_its_command(briefly: Lab, 
     assert checkpoints.identity(lake.snapshot(), NAME) != encoding["checkpoint"]
     with pytest.raises(LakeError, match="was trained on meanwhile; run sae encode again"):
         encode.Encoder(config, encoding, plan, 1)
+
+
+def test_other_weights_than_those_that_encoded_are_told_by_their_keys(briefly: Lab, tmp_path: Path) -> None:
+    lab = briefly.copy(tmp_path)
+    encode_all(lab)
+    lake, other = Lake(str(lab.lake)), {"encode__weights": "plain"}
+    before = "^encode.weights, encode.checkpoint: got {} and last, but the latents of tiny in .* other weights; "
+    drop = rf"encode anew after: sae drop {lab.lake} --latents {NAME}$"
+    with pytest.raises(ConfigError, match=before.format("plain") + f"give average and last, or {drop}"):
+        encode._encoding(lake, run_of(lab, **other))
+    train(lab, training__tokens=2 * SHORT)
+    for overrides, given in (({}, "average"), (other, "plain")):
+        with pytest.raises(ConfigError, match=before.format(given) + f"no checkpoint .* any more, so {drop}"):
+            encode._encoding(lake, run_of(lab, training__tokens=2 * SHORT, **overrides))
 
 
 def test_the_best_checkpoint_can_be_chosen(briefly: Lab, tmp_path: Path) -> None:

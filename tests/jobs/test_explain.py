@@ -325,7 +325,7 @@ def test_compacted_latents_give_the_same_scores(made: Lab, aggregated: Lab, tmp_
         ({"explain__gap": -1}, "explain.gap: got -1; expected greater than or equal to 0"),
         ({"explain__rank": 3}, "explain.rank: unknown key; did you mean ranks?"),
         ({"subject__hook": "blocks.0.hook_resid_pre"}, "subject.hook: autoencoder tiny"),
-        ({"encode__weights": "plain"}, "give the encode.weights and encode.checkpoint that they were made with"),
+        ({"encode__weights": "plain"}, "encode.weights, encode.checkpoint: got plain and last,"),
     ],
 )
 def test_what_does_not_fit_is_one_line(made: Lab, overrides: dict[str, Any], line: str) -> None:
