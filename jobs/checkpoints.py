@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.jobs.lake import DataFile, Lake, Snapshot, Transaction
 from sae.model import Autoencoder
-from sae.schemas.config import Run
+from sae.schemas.config import Run, in_yaml
 from sae.schemas.errors import AutoencoderError, ConfigError, IncompleteError
 from sae.sharded import latent_axis
 from sae.transcoder import from_config
@@ -75,8 +75,8 @@ def check_made_with(state: dict[str, Any], config: Run, concerns: Callable[[str]
         trained = state["made_with"].get(key, value)  # a key that came later had its default's meaning
         if concerns(key) and trained != value:
             raise ConfigError(
-                f"{key}: autoencoder {config.autoencoder.name} of {config.lake} is trained with {trained}, now it is "
-                f"{value}; give {trained}, or train another under another autoencoder.name"
+                f"{key}: autoencoder {config.autoencoder.name} of {config.lake} is trained with {in_yaml(trained)}, "
+                f"now it is {in_yaml(value)}; give {in_yaml(trained)}, or train another under another autoencoder.name"
             )
 
 

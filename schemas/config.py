@@ -1,6 +1,7 @@
 """The run config: one YAML file describes a run and is validated whole before anything starts."""
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args
@@ -423,8 +424,14 @@ def _allowed_keys(location: tuple[int | str, ...]) -> str:
     return f"{hint}allowed: {', '.join(allowed)}"
 
 
+def in_yaml(value: object) -> str:
+    """A value of plain JSON as a user writes it: null, true and false in the place of Python's names."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _shown(value: object) -> str:
-    return _one_line(repr(value))[:80]
+    of_yaml = value is None or isinstance(value, bool)
+    return _one_line(in_yaml(value) if of_yaml else repr(value))[:80]
 
 
 def _one_line(text: str) -> str:

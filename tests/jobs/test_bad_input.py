@@ -123,6 +123,18 @@ def test_training_on_with_other_settings(trained: Lab) -> None:
     refused(trained, "train", "training.lr", "0.002", "0.5", training__lr=0.5)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("training__clip_norm", 1.0, "is trained with null, now it is 1.0; give null, or"),
+        ("autoencoder__normalize", False, "is trained with true, now it is false; give true, or"),
+        ("subject__masked_positions", [1, 2], "is trained with [0], now it is [1, 2]; give [0], or"),
+    ],
+)
+def test_other_settings_are_told_as_yaml_has_them(key: str, value: Any, told: str, trained: Lab) -> None:
+    refused(trained, "train", key.replace("__", "."), told, **{key: value})
+
+
 def test_encoding_on_with_other_settings(finished: Lab) -> None:
     refused(finished, "encode", "encode.bin_width", "0.2", "0.5", "sae drop", encode__bin_width=0.5)
 

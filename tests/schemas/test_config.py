@@ -134,7 +134,7 @@ def test_impossible_combinations_are_told(overrides: dict[str, str], expected: l
     ("text", "expected"),
     [
         ("lake: [", "run.yaml: not valid YAML: .*line"),
-        ("", "run.yaml: expected sections such as 'subject:', got None"),
+        ("", "run.yaml: expected sections such as 'subject:', got null"),
         ("- lake", "run.yaml: expected sections such as 'subject:', got \\['lake'\\]"),
         ("lake: x\nsubject: gpt2", "run.yaml: subject: got 'gpt2'; "),
     ],
