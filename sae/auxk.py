@@ -16,6 +16,7 @@ from sae.kernels.columns import column_sum, weighted_sum
 from sae.kernels.encode import encode_dense_topk, encode_topk, scratch_rows
 from sae.kernels.update import DeadGradients
 from sae.model import won
+from sae.products import wide
 
 
 class Weights(NamedTuple):
@@ -89,10 +90,10 @@ class AuxK:
         if self.tp.size == 1:
             recons = latents @ dead.decoder
         else:
-            recons = self.tp.sum_(_wide_product(latents, dead.decoder)).to(latents.dtype)
+            recons = self.tp.sum_(wide(latents, dead.decoder)).to(latents.dtype)
         loss, grad = aux_error(recons, error, self.pre_bias)
         pre_act_grads: Tensor = torch.ops.aten.threshold_backward.default(grad @ dead.decoder.T, latents, 0)
-        encoder, decoder = _wide_product(pre_act_grads.T, centred), _wide_product(latents.T, grad)
+        encoder, decoder = wide(pre_act_grads.T, centred), wide(latents.T, grad)
         return loss.sum(), encoder, column_sum(pre_act_grads), decoder, column_sum(grad)
 
     def _latents(self, centred: Tensor, dead: Weights) -> Tensor:
@@ -103,10 +104,3 @@ class AuxK:
         values, indices = encode_topk(centred, dead.encoder, dead.bias, k)
         values = won(self.tp, values, self.auxk).relu_().to(centred.dtype)
         return centred.new_zeros(len(centred), len(dead.bias)).scatter_(1, indices.long(), values)
-
-
-def _wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product of two tensors of the type of products, in that of master weights."""
-    if a.is_cuda and a.dtype != torch.float64:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a @ b

@@ -39,7 +39,7 @@ class Nested:
         """The reconstruction [B, d] of each prefix of dense latents [B, n]."""
         bounds = self._held(model)
         parts = zip(latents.tensor_split(bounds, dim=-1), model.decoder_rows.tensor_split(bounds), strict=True)
-        sums = list(accumulate(latents @ rows for latents, rows in parts))
+        sums = list(accumulate(model.product(latents, rows) for latents, rows in parts))
         return (sum_forward(of_shard, model.tp) + model.output_bias for of_shard in sums[:-1])
 
     def sparse(self, model: Autoencoder, values: Tensor, indices: Tensor) -> Iterator[Tensor]:

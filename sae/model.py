@@ -23,6 +23,7 @@ from sae.kernels.scatter import sparse_t_matmul
 from sae.kernels.topk import Selected, topk
 from sae.matryoshka import Nested
 from sae.mesh import Mesh
+from sae.products import rounded_product
 from sae.schemas.errors import AutoencoderError
 
 __all__ = ["Autoencoder", "Identity", "Info", "Nonzeros", "ReLU", "TopK", "check_tensors"]
@@ -68,6 +69,8 @@ class Autoencoder(nn.Module):
     Raises AutoencoderError for sizes that cannot be.
     """
 
+    rounds: bool = False
+    """Whether dense latents are made, and reconstruct, by products in bfloat16; for training on a GPU."""
     stats_last_nonzero: Tensor
     latents_activation_frequency: Tensor
     latents_mean_square: Tensor
@@ -170,7 +173,10 @@ class Autoencoder(nn.Module):
         """Pre-activations [..., n] (or those of the slice) of x [..., d], which is already preprocessed."""
         self._check_width(x)
         weight, bias = self.encoder.weight[latent_slice], self.latent_bias[latent_slice]
-        return nn.functional.linear(x - sum_backward(self.pre_bias, self.tp), weight, bias)
+        centred = x - sum_backward(self.pre_bias, self.tp)
+        if self.rounds:
+            return rounded_product(centred, weight.T) + bias
+        return nn.functional.linear(centred, weight, bias)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Info]:
         """Latents [..., n], dense, of raw x [..., d]."""
@@ -205,7 +211,11 @@ class Autoencoder(nn.Module):
 
     def recombine(self, latents: Tensor) -> Tensor:
         """Reconstructions [..., d] of dense latents [..., n], in the space that the model encodes."""
-        return sum_forward(latents @ self.decoder_rows, self.tp) + self.output_bias
+        return sum_forward(self.product(latents, self.decoder_rows), self.tp) + self.output_bias
+
+    def product(self, latents: Tensor, rows: Tensor) -> Tensor:
+        """Dense latents [..., m] times as many decoder rows [m, d]."""
+        return rounded_product(latents, rows) if self.rounds else latents @ rows
 
     def recombine_sparse(self, values: Tensor, indices: Tensor) -> Tensor:
         """The same [B, d] of sparse latents, values and indices [B, k]."""

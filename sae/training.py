@@ -51,7 +51,22 @@ class TrainStep:
         """
         if self._sparse is not None:
             return self._sparse.step(x, lr)
-        x, target = self.autoencoder.seen(x.to(self.autoencoder.pre_bias.dtype))
+        with self._rounding():
+            return self._by_autograd(x.to(self.autoencoder.pre_bias.dtype), lr)
+
+    @contextmanager
+    def _rounding(self) -> Iterator[None]:
+        """Where dense products in float32 would take many times as long as all else."""
+        model = self.autoencoder
+        model.rounds = model.pre_bias.is_cuda and model.pre_bias.dtype == torch.float32
+        try:
+            yield
+        finally:
+            model.rounds = False
+
+    def _by_autograd(self, x: Tensor, lr: float) -> Metrics:
+        """`step` of what has no kernels of its own."""
+        x, target = self.autoencoder.seen(x)
         forward = self._topk if isinstance(self.autoencoder.activation, TopK) else self._dense
         loss, of_shard, recons, active = forward(x, target)
         ((loss + of_shard) / self.mesh.dp.size).backward()

@@ -29,6 +29,16 @@ def test_the_kth_largest_is_that_of_a_sorted_list(values: list[float], k: int, d
     assert kth_largest(given_, k, Group()).item() == expected
 
 
+@given(st.integers(1, 12), st.integers(1, 40), st.lists(numbers, min_size=1, max_size=30), st.randoms())
+def test_the_kth_largest_of_many_is_that_of_a_sorted_list(
+    groups: int, k: int, values: list[float], random: Any
+) -> None:
+    many = torch.tensor([random.choice(values) for _ in range(32 * groups)])
+    positive = sorted((value for value in many.tolist() if value > 0), reverse=True)
+    expected = positive[k - 1] if len(positive) >= k else 0.0
+    assert kth_largest(many, k, Group()).item() == expected
+
+
 @given(st.integers(1, 6), st.integers(1, 8), st.randoms(use_true_random=False))
 def test_batch_topk_takes_the_largest_of_the_whole_batch(k: int, rows: int, random: Any) -> None:
     pre_act = torch.tensor([[random.gauss(0, 1) for _ in range(8)] for _ in range(rows)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae.activations import TopK
+from sae.activations import Activation, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
 from sae.graphs import Replay
 from sae.initialise import initialise
 from sae.kernels._rows import MAX_FEATURES
@@ -38,6 +38,20 @@ def test_training_equals_the_cpu() -> None:
         if name == "dead.bound":  # a CPU counts when it has to know
             continue
         torch.testing.assert_close(found[name].cpu(), value, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", [BatchTopK(8), GroupMax(8), JumpReLU(), ReLU()], ids=lambda one: one.name)
+def test_products_of_dense_latents_are_rounded_no_more_than_those_of_kernels(activation: Activation) -> None:
+    data = torch.randn(30 * 256, 64, generator=torch.Generator().manual_seed(1))
+    losses = []
+    for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
+        model = Autoencoder(256, 64, activation, normalize=True).to(dtype)
+        scale = initialise(model, data, torch.Generator().manual_seed(0))
+        train = TrainStep(model.to(device), StepConfig(mse_scale=scale, sparsity_coef=1e-3))
+        losses.append(torch.stack([train.step(x.to(device), 1e-3)["loss"].cpu().double() for x in data.split(256)]))
+        assert not model.rounds
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
+    assert losses[0][-1] < losses[0][0]
 
 
 def test_a_resumed_training_goes_on_bit_by_bit() -> None:

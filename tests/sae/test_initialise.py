@@ -24,6 +24,18 @@ def test_the_median_is_where_the_unit_vectors_to_all_points_cancel() -> None:
     assert from_mean.mean(dim=0).norm() > 0.05
 
 
+def test_the_median_of_the_same_points_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, for each of many autoencoders that start from one sample."""
+    points = skewed_sample()
+    first = geometric_median(points)
+    expected = first.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.initialise.compute_geometric_median", None)
+        first.zero_()  # as the bias is, which moves
+        assert torch.equal(geometric_median(points.clone()), expected)
+    assert not torch.equal(geometric_median(points + 1), expected)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("activation", [ReLU(), TopK(4)])
 def test_the_start_is_tied_unit_norm_and_reconstructs_unit_inputs_with_unit_norm(
