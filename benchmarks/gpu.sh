@@ -5,6 +5,9 @@
 #   memcheck   the kernels' tests under compute-sanitizer; racecheck: the same for races in shared memory
 #   tune       candidates of launch settings; quick, profile: of the training step
 #   converge   benchmarks.convergence on $ACTIVATIONS
+#   mesh       two GPUs: the tests of a mesh's steps, and benchmarks.scaling
+#   ranks      two GPUs: sae train on $LAKE (corpus texts of smollm2) by Ray's actors, of which one is killed, and which
+#              goes on on other meshes, beside one GPU on the same batches
 #   measure    the benchmarks whose tables are kept;  live: those of training from tokens (needs transformer_lens)
 # LIMIT (seconds) cuts off each process of a stage. The logs of a stage are LOGS/STAGE*.log.
 set -uo pipefail
@@ -31,6 +34,32 @@ side_by_side() {
     done
     wait
     tail -n 12 "$logs/$stage"-*.log
+}
+
+mesh_run() {
+    cat <<EOF
+lake: $LAKE
+subject: {model: smollm2, hook: blocks.15.hook_resid_pre, dtype: bfloat16, masked_positions: [0]}
+corpus: {name: texts, paths: [texts.jsonl], context_length: 128}
+autoencoder: {name: mesh, n_latents: 32768}
+training: {tokens: 24_000_000, batch_tokens: 32_768, lr: 1.0e-3, checkpoint_tokens: 4_000_000, lanes: 2}
+EOF
+}
+train() { timeout "$limit" python3 -m sae.jobs.cli train "$logs/mesh.yaml" "$@"; }
+checkpoints() { find "$LAKE/checkpoints" -path '*mesh*' -type f 2>/dev/null | wc -l; }
+ranks() {
+    mesh_run >"$logs/mesh.yaml"
+    train --cluster.dp 2 &
+    until [ "$(checkpoints)" -ge 4 ] || ! kill -0 $! 2>/dev/null; do sleep 0.2; done
+    echo "killing one of: $(pgrep -f 'ray::Trainer' | tr '\n' ' ')"
+    pkill -9 -n -f 'ray::Trainer'
+    wait
+    train --cluster.tp 2 --training.tokens 36_000_000
+    CUDA_VISIBLE_DEVICES=0 train --training.tokens 48_000_000 &
+    CUDA_VISIBLE_DEVICES=1 train --autoencoder.name alone --training.tokens 48_000_000
+    wait
+    python3 -m sae.jobs.cli sql "$LAKE" "select autoencoder, tokens, max(value) filter (metric = 'fvu') as fvu,
+        max(value) filter (metric = 'normalized_mse') as mse from metrics where phase = 'validation' group by all order by 2, 1"
 }
 
 for stage in "$@"; do
@@ -61,6 +90,12 @@ for stage in "$@"; do
         ;;
     profile) bench step --profile --cases zipf dead ;;
     converge) bench convergence "$ACTIVATIONS" --batch 2048 --latents 4096 ;;
+    mesh)
+        pytest "tests/sae/test_gpu_mesh.py" --noconftest -p tests.conftest
+        bench scaling --save "$logs" --rows 16384,768,32768,32@{1\,1,2\,1} 16384,768,131072,32@{1\,1,1\,2}
+        bench scaling --losses 100 --rows 4096,768,32768,32@{1\,1,2\,1,1\,2}
+        ;;
+    ranks) ranks ;;
     measure)
         for name in step encode kernels; do bench "$name" --save "$logs" --rounds 10 --budget 1.5; done
         bench statistics

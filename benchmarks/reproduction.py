@@ -4,9 +4,9 @@
     python -m benchmarks.reproduction tell FOLDER                    prints the tables and fits, and draws the charts
 
 `run` trains one sweep from the same batches: TopK for all --latents and --ks, the same without AuxK and BatchTopK for
-the middle ones; then ReLU + L1 of the middle number of latents, a run for each of --l1. Each is evaluated on held-out
-text, and TopK of --explained latents is encoded with and explained. It is a list of `sae` commands, each of which does
-only what is missing, so that it goes on where it was interrupted.
+the middle ones; and ReLU + L1 of the middle number of latents, a run for each of --l1. Each is evaluated on held-out
+text, and with TopK of --explained latents a sample of the corpus is encoded, and atoms explained. It is a list of `sae`
+commands, each of which does only what is missing, so that it goes on where it was interrupted.
 
 Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", sections 3 and 4.
 """
@@ -16,6 +16,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,19 +41,23 @@ def main() -> None:
     run.set_defaults(command=run_all)
     run.add_argument("folder", type=Path)
     run.add_argument("--corpus", nargs="+", required=True, help="as corpus.paths")
+    run.add_argument("--sample", nargs="+", help="texts that are encoded and explained; the corpus where absent")
     run.add_argument("--model", default="smollm2")
     run.add_argument("--hook", default="blocks.15.hook_resid_pre")
     run.add_argument("--dtype", default="float32")
     run.add_argument("--context", type=int, default=128)
     run.add_argument("--latents", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
     run.add_argument("--ks", type=int, nargs="+", default=[8, 32, 128])
-    run.add_argument("--l1", type=float, nargs="+", default=[0.002, 0.005, 0.01, 0.02])
+    run.add_argument("--l1", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16])
     run.add_argument("--tokens", type=int, default=100_000_000)
     run.add_argument("--batch", type=int, default=16_384)
     run.add_argument("--lr", type=float, default=4e-4)
     run.add_argument("--dead-tokens", type=int, default=2_000_000)
+    run.add_argument("--evaluated", type=int, default=131_072, help="tokens of held-out text")
     run.add_argument("--explained", type=int, default=32768, help="latents of the autoencoders that are explained")
     run.add_argument("--atoms", type=int, default=200, help="so many of each, the first ones")
+    run.add_argument("--side-by-side", type=int, default=1, metavar="N", help="commands that share the machine")
+    run.add_argument("--actors", type=int, default=1, help="processes that encode and explain, sharing the GPU")
     tell = commands.add_parser("tell")
     tell.set_defaults(command=tell_all)
     tell.add_argument("folder", type=Path)
@@ -61,7 +67,7 @@ def main() -> None:
 
 
 def middle(values: list[int]) -> int:
-    return sorted(values)[len(values) // 2]
+    return sorted(values)[(len(values) - 1) // 2]
 
 
 def shapes(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -87,7 +93,9 @@ def config(args: argparse.Namespace) -> dict[str, Any]:
             "checkpoint_tokens": args.tokens,
             "keep_checkpoints": 1,
         },
-        "explain": {"atoms": [0, args.atoms - 1]},
+        "evaluate": {"tokens": args.evaluated, "batch_contexts": 32},
+        "explain": {"atoms": [0, args.atoms - 1], "unit_atoms": -(-args.atoms // args.actors)},
+        "cluster": {"encode_actors": args.actors},
     }
 
 
@@ -95,19 +103,42 @@ def run_all(args: argparse.Namespace) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     base = config(args)
     sweep = written(args.folder / "sweep.yaml", {**base, "autoencoders": shapes(args)})
-    steps = [("tokenize", sweep), ("train", sweep), ("evaluate", sweep)]
-    for l1 in args.l1:
-        of_relu = {"name": f"relu-{middle(args.latents)}-{l1:g}", "n_latents": middle(args.latents)}
-        training = {**base["training"], "l1_coef": l1}
-        one = {**base, "autoencoder": {**of_relu, "activation": "relu"}, "training": training}
-        path = written(args.folder / f"{of_relu['name']}.yaml", one)
-        steps += [("train", path), ("evaluate", path)]
-    for shape in shapes(args):
-        if shape["n_latents"] == args.explained and shape["name"].startswith("topk"):
-            path = written(args.folder / f"{shape['name']}.yaml", {**base, "autoencoder": shape})
-            steps += [(step, path) for step in ("encode", "compact", "aggregate", "explain")]
-    for step, path in steps:
-        print(f"sae {step} {path}", file=sys.stderr, flush=True)
+    each = {shape["name"]: written(args.folder / f"{shape['name']}.yaml", alone(base, shape)) for shape in shapes(args)}
+    dense = [written(args.folder / f"relu-{l1:g}.yaml", alone(base, relu(args, l1), l1_coef=l1)) for l1 in args.l1]
+    paths = args.sample or args.corpus
+    sample = {**base, "corpus": {**base["corpus"], "name": "sample" if args.sample else "texts", "paths": paths}}
+    explained = {
+        name: written(args.folder / f"explain-{name}.yaml", alone(sample, shape))
+        for shape in shapes(args)
+        if shape["n_latents"] == args.explained and (name := shape["name"]).startswith("topk")
+    }
+    side_by_side(args, [[("tokenize", one) for one in (sweep, *list(explained.values())[:1])]])
+    side_by_side(args, [[("train", one)] for one in (sweep, *dense)])
+    of_explained = ("encode", "compact", "aggregate", "explain")
+    lists = [[(step, one) for step in of_explained] for one in explained.values()]
+    side_by_side(args, [*lists, *([("evaluate", one)] for one in (*each.values(), *dense))])
+
+
+def alone(base: dict[str, Any], shape: dict[str, Any], **training: float) -> dict[str, Any]:
+    """The run of one autoencoder."""
+    return {**base, "autoencoder": shape, "training": {**base["training"], **training}}
+
+
+def relu(args: argparse.Namespace, l1: float) -> dict[str, Any]:
+    n = middle(args.latents)
+    return {"name": f"relu-{n}-{l1:g}", "n_latents": n, "activation": "relu"}
+
+
+def side_by_side(args: argparse.Namespace, lists: list[list[tuple[str, Path]]]) -> None:
+    """Runs lists of commands, each in its order; raises CalledProcessError where one failed, once all have ended."""
+    with ThreadPoolExecutor(args.side_by_side) as threads:
+        for ended in [threads.submit(in_order, one) for one in lists]:
+            ended.result()
+
+
+def in_order(commands: list[tuple[str, Path]]) -> None:
+    for step, path in commands:
+        print(f"{datetime.now():%T} sae {step} {path}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "sae.jobs.cli", step, str(path)], check=True)
 
 
