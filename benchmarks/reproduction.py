@@ -48,7 +48,7 @@ def main() -> None:
     run.add_argument("--context", type=int, default=128)
     run.add_argument("--latents", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
     run.add_argument("--ks", type=int, nargs="+", default=[8, 32, 128])
-    run.add_argument("--l1", type=float, nargs="+", default=[0.02, 0.04, 0.08, 0.16])
+    run.add_argument("--l1", type=float, nargs="*", default=[0.02, 0.04, 0.08, 0.16])
     run.add_argument("--tokens", type=int, default=100_000_000)
     run.add_argument("--batch", type=int, default=16_384)
     run.add_argument("--lr", type=float, default=4e-4)
