@@ -14,7 +14,7 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final, Protocol
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from pydantic import ValidationError
 
@@ -23,7 +23,6 @@ from sae.schemas.errors import SaeError
 from sae.schemas.site import Encoded, Typed
 
 ENCODE: Final = "api/encode"
-_COOKIE: Final = "sae_token"
 _PIECE: Final = 1 << 20
 _MOST_TYPED: Final = 65_536  # bytes of a request's body
 _RANGE: Final = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
@@ -61,6 +60,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     @property
+    def cookie(self) -> str:
+        """The name of the one that holds the token: browsers keep those of all of a host's ports together."""
+        return f"sae_token_{self.server_port}"
+
+    @property
     def url(self) -> str:
         """What a browser opens."""
         host = f"[{self._host}]" if ":" in self._host else self._host
@@ -92,6 +96,18 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "sae", ""
     timeout = 60
+    _url: SplitResult
+
+    def parse_request(self) -> bool:
+        """Refuses what is no URL, beside what the library refuses."""
+        if not super().parse_request():
+            return False
+        try:
+            self._url = urlsplit(self.path)
+        except ValueError:
+            self.send_error(HTTPStatus.BAD_REQUEST)
+            return False
+        return True
 
     def do_GET(self) -> None:
         self._answer()
@@ -104,18 +120,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         if not self._is_allowed():
             return
+        length = self.headers.get("Content-Length", "")
         if self._path() != ENCODE:
             self._say(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD", Allow="GET, HEAD")
         elif self.server.encoder is None:
             self._say(HTTPStatus.NOT_FOUND, "no subject is loaded; start the server with --subject")
         elif self.headers.get_content_type() != "application/json":
             self._say(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "expected application/json")
-        elif not self.headers.get("Content-Length", "").isdecimal():
+        elif not length.isdecimal():
             self._say(HTTPStatus.LENGTH_REQUIRED, "expected a Content-Length")
-        elif int(self.headers["Content-Length"]) > _MOST_TYPED:
+        elif len(length) > 9 or int(length) > _MOST_TYPED:
             self._say(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a text and its name take at most {_MOST_TYPED:,} bytes")
         else:
-            self._encode(self.server.encoder, self.rfile.read(int(self.headers["Content-Length"])))
+            self._encode(self.server.encoder, self.rfile.read(int(length)))
 
     def _encode(self, encoder: Encoder, body: bytes) -> None:
         try:
@@ -196,31 +213,34 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.command == "POST" and not self._is_of_this_page():
             self._say(HTTPStatus.FORBIDDEN, "only for pages of this server")
         elif self.server.token is not None and not self._has_token(self.server.token):
-            given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
+            given = parse_qs(self._url.query).get("token", [""])[0]
             if not _same(given, self.server.token):
                 self._say(HTTPStatus.FORBIDDEN, "a token is needed: open the address that the server printed")
                 return False
-            cookie = f"{_COOKIE}={self.server.token}; Path=/; HttpOnly; SameSite=Strict"
-            # Without the token, so that no link and no history tells it.
-            location = "/" + self._path()
+            cookie = f"{self.server.cookie}={self.server.token}; Path=/; HttpOnly; SameSite=Strict"
+            # Without the token, so that no link and no history tells it; with one slash, as two lead to another host.
+            location = "/" + quote(self._path().lstrip("/"))
             self._send(HTTPStatus.SEE_OTHER, b"", "text/plain", **{"Location": location, "Set-Cookie": cookie})
         else:
             return True
         return False
 
     def _is_of_this_page(self) -> bool:
+        # Where the browser tells it, that holds behind a proxy as well, which has another name in Origin.
+        if "Sec-Fetch-Site" in self.headers:
+            return bool(self.headers["Sec-Fetch-Site"] == "same-origin")
         from_ = self.headers.get("Origin")
         return from_ is None or urlsplit(from_).netloc == self.headers.get("Host")
 
     def _has_token(self, token: str) -> bool:
         try:
-            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
+            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(self.server.cookie)
         except CookieError:
             return False
         return cookie is not None and _same(cookie.value, token)
 
     def _path(self) -> str:
-        return unquote(urlsplit(self.path).path, errors="replace").removeprefix("/")
+        return unquote(self._url.path, errors="replace").removeprefix("/")
 
     def _say(self, status: HTTPStatus, line: str, **headers: str) -> None:
         self._send(status, f"{line}\n".encode(errors="replace"), "text/plain", **headers)

@@ -211,13 +211,46 @@ def test_a_token_is_given_once_and_then_kept_by_the_browser(small: Small) -> Non
         answer = client.get(f"/site.json?token={TOKEN}")
         assert (answer.status, answer.headers["Location"]) == (303, "/site.json")
         cookie = answer.headers["Set-Cookie"]
+        name = cookie.split("=")[0]
         assert "HttpOnly" in cookie
         assert "SameSite=Strict" in cookie
         assert client.get("/site.json", Cookie=cookie.split(";")[0]).status == 200
-        assert client.get("/site.json", Cookie="sae_token=wrong").status == 403
-        assert client.get("/site.json", Cookie="sae_token=é").status == 403
+        assert client.get("/site.json", Cookie=f"{name}=wrong").status == 403
+        assert client.get("/site.json", Cookie=f"{name}=é").status == 403
         assert client.get("/site.json", Cookie=cookie.split(";")[0], Host="192.0.2.7:80").status == 200
         assert client.get("/site.json", Cookie=cookie.split(";")[0], Host="evil.example").status == 421
+
+
+@pytest.mark.parametrize(
+    ("path", "location"),
+    [
+        ("/%2Fevil.example/", "/evil.example/"),
+        ("/%0d%0aX-Evil:%201", "/%0D%0AX-Evil%3A%201"),
+        ("/%E6%97%A5", "/%E6%97%A5"),
+    ],
+)
+def test_a_token_leads_only_to_this_server(small: Small, path: str, location: str) -> None:
+    with serving(LiveSite(small.lake), TOKEN) as client:
+        answer = client.get(f"{path}?token={TOKEN}")
+        assert (answer.status, answer.headers["Location"]) == (303, location)
+        assert "X-Evil" not in answer.headers
+
+
+def test_two_servers_of_a_host_have_cookies_of_their_own(small: Small) -> None:
+    """A browser keeps one of a name for all ports."""
+    with serving(LiveSite(small.lake), TOKEN) as one, serving(LiveSite(small.lake), TOKEN[::-1]) as other:
+        cookies = [
+            client.get(f"/?token={client.server.token}").headers["Set-Cookie"].split(";")[0] for client in (one, other)
+        ]
+        assert cookies[0].split("=")[0] != cookies[1].split("=")[0]
+        for client in (one, other):
+            assert client.get("/site.json", Cookie="; ".join(cookies)).status == 200
+
+
+def test_what_is_no_url_is_refused_in_one_line(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    answer = client.get("http://[x/", Host="127.0.0.1")
+    assert (answer.status, answer.body) == (400, b"Bad Request\n")
+    assert capfd.readouterr().err == ""
 
 
 class Echo:
@@ -242,6 +275,14 @@ def test_a_typed_text_is_answered(small: Small) -> None:
         assert Site.model_validate_json(client.get("/site.json").body).subject
 
 
+def test_a_text_may_come_through_a_proxy_that_ends_tls(small: Small) -> None:
+    """The page is of the proxy, and the browser tells that the request is of that page."""
+    body = json.dumps({"autoencoder": NAME, "text": "a"}).encode()
+    with serving(LiveSite(small.lake, subject=True), encoder=Echo()) as client:
+        assert post(client, body, Origin="https://atoms.example").status == 403
+        assert post(client, body, Origin="https://atoms.example", Sec_Fetch_Site="same-origin").status == 200
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "status", "line"),
     [
@@ -253,7 +294,9 @@ def test_a_typed_text_is_answered(small: Small) -> None:
         (b"{}", {"Content_Type": "text/plain"}, 415, b"expected application/json"),
         (b"{}", {"Origin": "http://evil.example"}, 403, b"only for pages of this server"),
         (b"{}", {"Content_Length": "99999999"}, 413, b"at most 65,536 bytes"),
+        (b"{}", {"Content_Length": "9" * 5000}, 413, b"at most 65,536 bytes"),
         (b"{}", {"Content_Length": "-1"}, 411, b"expected a Content-Length"),
+        (b"{}", {"Sec_Fetch_Site": "same-site"}, 403, b"only for pages of this server"),
     ],
 )
 def test_a_wrong_request_is_told_in_one_line(
