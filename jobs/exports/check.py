@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import json
 import zlib
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +39,12 @@ class Export(NamedTuple):
     paths: list[str]
 
 
+class _Told(BaseModel):
+    """Of any manifest."""
+
+    format: str = "openai"
+
+
 def validate(given: Namespace) -> None:
     """Prints a line for each of the first faults; raises LakeError where there is one."""
     export = found(given.folder)
@@ -69,8 +74,15 @@ def found(folder: str) -> Export:
             f"{folder}: holds nothing that sae export wrote (no {static_site.SITE}, no {MANIFEST}); give its "
             "export.folder, or an .html file"
         )
-    told = json.loads(read(paths[0]) or b"{}") if len(paths) else {}
-    return Export(told.get("format", "openai"), read, [path.rpartition("/")[0] for path in paths])
+    return Export(_format(read(paths[0])), read, [path.rpartition("/")[0] for path in paths])
+
+
+def _format(manifest: bytes | None) -> str:
+    """What a manifest tells, which may be damaged: what is wrong with it is told later."""
+    try:
+        return _Told.model_validate_json(manifest or b"").format
+    except ValidationError:
+        return _Told().format
 
 
 def faults(export: Export) -> Iterator[str]:

@@ -270,9 +270,15 @@ def interrupted(path: Path) -> None:
     path.write_text(path.read_text().replace('"complete": true', '"complete": false'))
 
 
+def a_list(path: Path) -> None:
+    path.write_text("[1]")
+
+
 @pytest.mark.parametrize(
     ("format_", "file", "damage", "line"),
     [
+        ("openai", "manifest.json", cut, r"manifest\.json: Invalid JSON"),
+        ("saedashboard", "manifest.json", a_list, r"manifest\.json: Input should be an object"),
         ("openai", "*/3.json", cut, r"atoms/3\.json: Invalid JSON"),
         ("openai", "*/3.json", without("hist"), r"atoms/3\.json: hist: Field required"),
         ("openai", "*/3.json", Path.unlink, r"atoms/3\.json: is missing"),
