@@ -56,7 +56,8 @@ WHOLE: Final[dict[str, Callable[[site.SiteTables, Range], bytes]]] = {
 
 def dictionary(snapshot: Snapshot, name: str, atoms: Range | None, **more: Any) -> Dictionary:
     """The manifest of a site's autoencoder; raises as `origin` does."""
-    return Dictionary(**origin(snapshot, name, atoms), votes=votes(snapshot, name), **more)
+    metrics = sorted(file.sha256 for file in snapshot.select("metrics", autoencoder=name))
+    return Dictionary(**origin(snapshot, name, atoms, metrics=metrics), votes=votes(snapshot, name), **more)
 
 
 def _writer(tables: AtomTables, manifest: Dictionary) -> Writer:

@@ -215,6 +215,18 @@ def test_new_effects_are_exported_by_a_second_command(tmp_path: Path) -> None:
     assert pq.read_table(path / "effects/0.parquet").num_rows > 0
 
 
+def test_what_was_evaluated_since_is_exported_by_a_second_command(tmp_path: Path) -> None:
+    small = small_lake(tmp_path / "lake")
+    path = exported(small, tmp_path / "site")
+    row = {"phase": ["evaluate"], "step": [1], "tokens": [5], "metric": ["fvu"], "value": [0.25]}
+    with small.lake.transaction("evaluate") as transaction:
+        transaction.write("metrics", pa.table(row, schema=TABLES["metrics"]), autoencoder=NAME)
+    exported(small, tmp_path / "site")
+    assert ("fvu", 0.25) in [
+        (row["metric"], row["value"]) for row in pq.read_table(path / "metrics.parquet").to_pylist()
+    ]
+
+
 def test_each_atom_of_a_block_has_its_row_group(small: Small) -> None:
     data = site.parquet_of_atoms(tables(small).sequences(EVERY), 0)
     file = pq.ParquetFile(io.BytesIO(data))
