@@ -29,6 +29,8 @@ def run(config: Run) -> None:
     if config.export.format == "html":
         html_page.write(lake, snapshot, config)
         return
+    if config.export.pick:
+        raise ConfigError(f"export.pick: is for export.format html; for {config.export.format} give export.atoms")
     if config.export.format in weights.FORMATS:
         weights.write(lake, config, _path(config, state_of(snapshot, config.autoencoder.name)))
         return
@@ -39,7 +41,7 @@ def run(config: Run) -> None:
     made = folder.write(config, manifest)
     if config.export.format == "site":
         entry = Entry(name=manifest.autoencoder, path=_path(config, state_of(snapshot, manifest.autoencoder)))
-        static_site.finish(config.export.folder, entry)
+        static_site.finish(config.export.folder, entry, config.export.warning)
     n_atoms = manifest.atoms[1] + 1 - manifest.atoms[0]
     progress.say(f"export: {n_atoms:,} atoms of {manifest.autoencoder} {'' if made else 'are '}in {folder.path}")
 

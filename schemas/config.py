@@ -236,6 +236,9 @@ class Export(_Section):
         None, description="folder of one autoencoder; where absent, one that the format's readers find"
     )
     decimals: Annotated[int, Field(ge=1, le=9)] = 4
+    warning: str | None = Field(
+        None, description="for site, html: what is said before the first page; a site keeps it until another is given"
+    )
 
 
 class Cluster(_Section):

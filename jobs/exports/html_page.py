@@ -35,7 +35,7 @@ def write(lake: Lake, snapshot: Snapshot, config: Run) -> None:
         raise ConfigError(f"export.folder: {path} is there and no export; give another folder or delete this file")
     dictionary = dictionary.model_copy(update={"atoms": (atoms[0], atoms[-1])})
     made = site.SiteTables(AtomTables(lake, snapshot, name))
-    data = page(_files(made, dictionary, atoms))
+    data = page(_files(made, dictionary, atoms, config.export.warning or None))
     storage.write_atomic(path, data)
     progress.say(f"export: {len(atoms)} atoms of {name} in {path}, {len(data):,} bytes")
 
@@ -88,9 +88,12 @@ def _atoms(config: Run, dictionary: Dictionary) -> list[int]:
     return chosen
 
 
-def _files(made: site.SiteTables, dictionary: Dictionary, atoms: list[int]) -> Iterator[File]:
+def _files(made: site.SiteTables, dictionary: Dictionary, atoms: list[int], warning: str | None) -> Iterator[File]:
     name = dictionary.autoencoder
-    yield static_site.SITE, Site(autoencoders=[Entry(name=name, path=name)]).model_dump_json().encode()
+    yield (
+        static_site.SITE,
+        Site(autoencoders=[Entry(name=name, path=name)], warning=warning).model_dump_json().encode(),
+    )
     yield f"{name}/manifest.json", dictionary.model_dump_json().encode()
     yield f"{name}/atoms.parquet", site.parquet(pa.concat_tables([made.atoms((atom, atom)) for atom in atoms]))
     yield f"{name}/metrics.parquet", site.parquet(made.metrics())

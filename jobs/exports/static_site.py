@@ -80,8 +80,8 @@ def _rest(tables: AtomTables, manifest: Dictionary) -> Iterator[File]:
     return ((name, whole(made, manifest.atoms)) for name, whole in WHOLE.items())
 
 
-def finish(folder: str, entry: Entry) -> None:
-    """Brings the viewer to a site, and the autoencoder's name into its list."""
+def finish(folder: str, entry: Entry, warning: str | None) -> None:
+    """Brings the viewer to a site, the autoencoder's name into its list, and a warning where one is given."""
     path = storage.join(folder, SITE)
     data = storage.read_if_there(path)
     try:
@@ -95,7 +95,8 @@ def finish(folder: str, entry: Entry) -> None:
     bundled.page()
     for name, content in bundled.files().items():
         storage.write_atomic(storage.join(folder, name), content)
-    text = known.model_copy(update={"autoencoders": entries}).model_dump_json(indent=2) + "\n"
+    told = known.warning if warning is None else warning or None
+    text = known.model_copy(update={"autoencoders": entries, "warning": told}).model_dump_json(indent=2) + "\n"
     storage.write_atomic(path, text.encode())
 
 

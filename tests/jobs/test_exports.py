@@ -24,6 +24,7 @@ from sae.schemas import neuronpedia as rows
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError
 from sae.schemas.saedashboard import Batch, Feature
+from sae.schemas.site import Site
 from sae.schemas.tables import SCHEMAS
 from tests.lakes import BIN_WIDTH, CORPUS, DEAD, EXAMPLES, N_LATENTS, NAME, TOKENS, Small, small_lake
 from tests.tiny_run import sae
@@ -211,6 +212,18 @@ def test_atoms_that_are_not_there_are_refused(small: Small, tmp_path: Path, keys
     with pytest.raises(ConfigError, match=line):
         exported(small, tmp_path, "html", **keys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format_", ["openai", "site", "saelens"])
+def test_atoms_are_picked_for_one_page_only(small: Small, tmp_path: Path, format_: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^export\.pick: is for export\.format html; for {format_} give"):
+        exported(small, tmp_path, format_, pick=(3,))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_may_begin_with_a_warning(small: Small, tmp_path: Path) -> None:
+    files = html_page.embedded(exported(small, tmp_path, "html", warning="as people wrote it").read_bytes())
+    assert Site.model_validate_json(files["site.json"]).warning == "as people wrote it"
 
 
 def test_too_many_atoms_for_a_page_are_refused(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

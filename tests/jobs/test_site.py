@@ -286,6 +286,19 @@ def test_a_second_export_writes_nothing_and_another_autoencoder_joins(small: Sma
     assert [entry["name"] for entry in listed] == ["another", NAME]
 
 
+def test_a_warning_stays_until_another_one_is_given(small: Small, tmp_path: Path) -> None:
+    def told() -> str | None:
+        return Site.model_validate_json((tmp_path / "site.json").read_bytes()).warning
+
+    exported(small, tmp_path)
+    assert told() is None
+    exported(small, tmp_path, warning="as people wrote it")
+    exported(small, tmp_path)
+    assert told() == "as people wrote it"
+    exported(small, tmp_path, warning="")
+    assert told() is None
+
+
 def test_a_folder_of_another_format_is_refused(small: Small, tmp_path: Path) -> None:
     export.run(configured(small, tmp_path, format="openai"))
     with pytest.raises(ConfigError, match=r"not a manifest of this version and of format site; give another folder"):
