@@ -140,6 +140,7 @@ class Site(Strict):
 class Dictionary(Exported):
     """What an autoencoder's files were made from.
 
+    `picked` are the atoms that are there, in order, where they are not all of the range.
     `votes` is the number of tokens in each list of EFFECTS for one later token, 0 where no effect is known. A server
     that makes the files from a lake has them all.
     """
@@ -148,6 +149,7 @@ class Dictionary(Exported):
     complete: bool = True
     source: str = ""
     atoms_per_block: Annotated[int, Field(ge=1)] = ATOMS_PER_BLOCK
+    picked: list[Count] = Field(default_factory=list)
     votes: Count
 
 

@@ -33,7 +33,8 @@ def write(lake: Lake, snapshot: Snapshot, config: Run) -> None:
     known = storage.read_if_there(path)
     if known is not None and _MARK.encode() not in known:
         raise ConfigError(f"export.folder: {path} is there and no export; give another folder or delete this file")
-    dictionary = dictionary.model_copy(update={"atoms": (atoms[0], atoms[-1])})
+    picked = atoms if len(atoms) <= atoms[-1] - atoms[0] else []
+    dictionary = dictionary.model_copy(update={"atoms": (atoms[0], atoms[-1]), "picked": picked})
     made = site.SiteTables(AtomTables(lake, snapshot, name))
     data = page(_files(made, dictionary, atoms, config.export.warning or None))
     storage.write_atomic(path, data)

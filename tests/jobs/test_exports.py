@@ -24,7 +24,7 @@ from sae.schemas import neuronpedia as rows
 from sae.schemas.config import Run
 from sae.schemas.errors import ConfigError
 from sae.schemas.saedashboard import Batch, Feature
-from sae.schemas.site import Site
+from sae.schemas.site import Dictionary, Site
 from sae.schemas.tables import SCHEMAS
 from tests.lakes import BIN_WIDTH, CORPUS, DEAD, EXAMPLES, N_LATENTS, NAME, TOKENS, Small, small_lake
 from tests.tiny_run import sae
@@ -195,6 +195,8 @@ def test_a_page_holds_the_picked_atoms_and_nothing_from_elsewhere(small: Small, 
     assert [bool(sequences.read_row_group(atom).num_rows) for atom in range(N_LATENTS)] == [
         atom in (3, 6) for atom in range(N_LATENTS)
     ]
+    manifest = Dictionary.model_validate_json(files[f"{NAME}/manifest.json"])
+    assert (manifest.atoms, manifest.picked) == ((3, 6), [3, 6])
     text = page.decode()
     assert not re.search(r"<(script|link|img)[^>]*\s(src|href)=", text)
     assert text.count("<script") == text.count("</script>") == 2
@@ -212,6 +214,13 @@ def test_atoms_that_are_not_there_are_refused(small: Small, tmp_path: Path, keys
     with pytest.raises(ConfigError, match=line):
         exported(small, tmp_path, "html", **keys)
     assert not list(tmp_path.iterdir())
+
+
+def test_atoms_of_a_range_are_not_picked(small: Small, tmp_path: Path) -> None:
+    for keys in ({"atoms": (2, 4)}, {"pick": (4, 3, 2)}):
+        files = html_page.embedded(exported(small, tmp_path, "html", **keys).read_bytes())
+        manifest = Dictionary.model_validate_json(files[f"{NAME}/manifest.json"])
+        assert (manifest.atoms, manifest.picked) == ((2, 4), [])
 
 
 @pytest.mark.parametrize("format_", ["openai", "site", "saelens"])

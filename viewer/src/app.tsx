@@ -31,10 +31,11 @@ function chooseSource(): Source {
 /** Some atom that fires; after a few that don't, any. */
 async function lucky({ source, entry }: Place): Promise<number> {
   const { signal } = new AbortController();
-  const [first, last] = (await source.about(entry.path, signal))?.atoms ?? [0, 0];
+  const { atoms: [first, last], picked = [] } = (await source.about(entry.path, signal)) ?? { atoms: [0, 0] };
   let atom = first;
   for (let tried = 0; tried < TRIES; tried += 1) {
-    atom = first + Math.floor(Math.random() * (last - first + 1));
+    const place = Math.floor(Math.random() * (picked.length || last - first + 1));
+    atom = picked[place] ?? first + place;
     const { n_active } = await source.page(entry.path, atom, signal);
     if (n_active > 0) break;
   }
@@ -92,6 +93,8 @@ function GoTo({ name }: { name: string }): JSX.Element {
     const atom = Number(new FormData(form).get("atom") || NaN);
     if (Number.isInteger(atom)) go(link("atom", name, atom));
     form.reset();
+    // Else the next key would be typed there.
+    form.querySelector("input")?.blur();
   };
   return (
     <form onSubmit={submit}>

@@ -220,6 +220,7 @@ export interface Dictionary {
   source?: string;
   seconds?: number | null;
   atoms_per_block?: number;
+  picked?: number[];
   votes: number;
 }
 

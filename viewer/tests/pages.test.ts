@@ -84,6 +84,44 @@ describe.skipIf(!CHROMIUM)("a site in a browser", () => {
     await leave(visit);
   });
 
+  test("a number that is typed leads to its atom, and keys go on from there", async () => {
+    const visit = await open("#/atom/letters/2");
+    const { page } = visit;
+    await page.getByLabel("go to atom").fill("6");
+    await page.keyboard.press("Enter");
+    await page.waitForURL(/letters\/6$/);
+    await page.keyboard.press("j");
+    await page.waitForURL(/letters\/7$/);
+    await leave(visit);
+  });
+
+  test("among atoms that were picked, keys, luck and links lead to those alone", async () => {
+    const visit = await open("#/atom/letters/0");
+    const { page } = visit;
+    const manifest = JSON.parse(readFileSync(join(made.site.folders[1] ?? "", "letters", "manifest.json"), "utf8")) as object;
+    made.site.answer = (path, _, response) => {
+      const asked = path === "/letters/manifest.json";
+      if (asked) response.end(JSON.stringify({ ...manifest, atoms: [2, 19], picked: [2, 7, 19] }));
+      return asked;
+    };
+    await page.goto(`${made.site.url}?again#/atom/letters/2`);
+    for (const [key, atom] of [["j", 7], ["j", 19], ["j", 2], ["k", 19], ["k", 7]] as const) {
+      await page.locator(".example-list").waitFor();
+      await page.keyboard.press(key);
+      await page.waitForURL(new RegExp(`letters/${atom}$`));
+    }
+    await page.getByRole("heading", { name: "Related atoms" }).waitFor();
+    const linked = await page.locator(".pair .votes a").allTextContents();
+    expect(linked.filter((atom) => !["2", "7", "19"].includes(atom))).toEqual([]);
+    for (let tried = 0; tried < 5; tried += 1) {
+      await page.goto(`${made.site.url}?again#/atom/letters/3`);
+      await page.getByText("There is no atom 3: letters has atoms 2, 7, 19 here.").waitFor();
+      await page.getByRole("button", { name: "Feeling lucky" }).click();
+      await page.waitForURL(/letters\/(2|7|19)$/);
+    }
+    await leave(visit);
+  });
+
   test("tokens are text, whatever they hold", async () => {
     const visit = await open("#/atom/letters/1?context=all");
     const { page } = visit;

@@ -13,15 +13,15 @@ import { Cache } from "./cache";
 import { DataError } from "./errors";
 import { readJson, type Files } from "./files";
 import { openTable, readGroup, rows, type Columns } from "./parquet";
-import { VOTE_KINDS, type Effect, type Example, type Kind, type Source, type Votes, type VotesAt } from "./source";
+import { holds, VOTE_KINDS, type Effect, type Example, type Kind, type Source, type Votes, type VotesAt } from "./source";
 import { AtomTable } from "./table";
 
 const EFFECTS = ["kind", "rank", "loss_diff", "kl"] as const;
 const VOTES = COLUMNS.effects.filter((name) => name !== "atom" && name !== "kl");
 
 function missing(atom: number, about: Dictionary): DataError {
-  const [first, last] = about.atoms;
-  return new DataError(`There is no atom ${atom}: ${about.autoencoder} has atoms ${first} to ${last} here.`, "missing");
+  const there = about.picked?.length ? about.picked.join(", ") : about.atoms.join(" to ");
+  return new DataError(`There is no atom ${atom}: ${about.autoencoder} has atoms ${there} here.`, "missing");
 }
 
 function example(row: SequencesRow): Example {
@@ -158,8 +158,7 @@ export class SiteSource implements Source {
   ): Promise<{ about: Dictionary; file: string; group: number }> {
     const about = await this.about(path, signal);
     const size = about.atoms_per_block ?? 16;
-    const [first, last] = about.atoms;
-    if (!(atom >= first && atom <= last)) throw missing(atom, about);
+    if (!holds(about, atom)) throw missing(atom, about);
     return { about, file: `${path}/${table}/${Math.floor(atom / size)}.parquet`, group: atom % size };
   }
 

@@ -36,6 +36,11 @@ export type VotesAt = (position: number) => Votes | null;
 /** What is known of an autoencoder without looking at its atoms. */
 export type About = Omit<Dictionary, "format" | "complete" | "source" | "atoms_per_block" | "seconds">;
 
+/** Whether an atom is among those that are there. */
+export function holds({ atoms: [first, last], picked = [] }: Pick<About, "atoms" | "picked">, atom: number): boolean {
+  return picked.length ? picked.includes(atom) : atom >= first && atom <= last;
+}
+
 /** Where the pages come from. Every promise is rejected with a DataError, or an AbortError once `signal` says so. */
 export interface Source {
   /** Whether there are a list of atoms, metrics, direct logits and neighbours. */

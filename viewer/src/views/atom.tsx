@@ -19,7 +19,9 @@ export interface Place {
 /** The atom `by` further on, around the ends of what is there. */
 export function neighbour(about: About | null, atom: number, by: number): number {
   if (!about) return Math.max(0, atom + by);
-  const [first, last] = about.atoms;
+  const { atoms: [first, last], picked = [] } = about;
+  if (picked.length && by > 0) return picked.find((one) => one > atom) ?? first;
+  if (picked.length) return picked.filter((one) => one < atom).at(-1) ?? last;
   if (atom + by > last) return first;
   return atom + by < first ? last : atom + by;
 }
@@ -69,7 +71,7 @@ export function AtomPage({ source, route, entry }: Place): JSX.Element {
               <Statistics page={row} />
               <Histograms page={row} about={range} />
               <Logits page={row} />
-              <Neighbours page={row} name={name} />
+              <Neighbours page={row} name={name} about={range} />
               <Sources page={row} />
             </div>
             <Examples source={source} route={route} path={path} atom={atom} maxAct={row.max_act} />

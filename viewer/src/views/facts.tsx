@@ -1,5 +1,5 @@
 import type { JSX } from "preact";
-import type { About } from "../data/source";
+import { holds, type About } from "../data/source";
 import { Bars, type Bar } from "../parts/chart";
 import { marked, short } from "../parts/marks";
 import { figure, fixed, oneIn, percent } from "../parts/number";
@@ -90,11 +90,12 @@ interface AtomsOfProps {
   title: string;
   unit: string;
   name: string;
+  about: About | null;
   atoms: number[];
   values: number[];
 }
 
-function AtomsOf({ title, unit, name, atoms, values }: AtomsOfProps): JSX.Element | null {
+function AtomsOf({ title, unit, name, about, atoms, values }: AtomsOfProps): JSX.Element | null {
   if (!atoms.length) return null;
   return (
     <div>
@@ -104,7 +105,11 @@ function AtomsOf({ title, unit, name, atoms, values }: AtomsOfProps): JSX.Elemen
       <ol class="votes">
         {atoms.map((atom, i) => (
           <li>
-            <a href={link("atom", name, atom)}>{atom}</a>
+            {!about || holds(about, atom) ? (
+              <a href={link("atom", name, atom)}>{atom}</a>
+            ) : (
+              <span title="not among the atoms here">{atom}</span>
+            )}
             <span class="number">{fixed(values[i], 3)}</span>
           </li>
         ))}
@@ -113,14 +118,15 @@ function AtomsOf({ title, unit, name, atoms, values }: AtomsOfProps): JSX.Elemen
   );
 }
 
-export function Neighbours({ page, name }: { page: PagesRow; name: string }): JSX.Element | null {
+export function Neighbours({ page, name, about }: { page: PagesRow; name: string; about: About | null }): JSX.Element | null {
+  const of = { name, about };
   if (!page.near.length && !page.coactive.length) return null;
   return (
     <section>
       <h3>Related atoms</h3>
       <div class="pair">
-        <AtomsOf title="nearest" unit="cosine" name={name} atoms={page.near} values={page.near_cosine} />
-        <AtomsOf title="fire together" unit="correlation" name={name} atoms={page.coactive} values={page.coactive_correlation} />
+        <AtomsOf title="nearest" unit="cosine" {...of} atoms={page.near} values={page.near_cosine} />
+        <AtomsOf title="fire together" unit="correlation" {...of} atoms={page.coactive} values={page.coactive_correlation} />
       </div>
     </section>
   );
