@@ -95,6 +95,23 @@ describe.skipIf(!CHROMIUM)("a site in a browser", () => {
     await leave(visit);
   });
 
+  test("a heading that has the focus takes Enter, but not from a row that was chosen since", async () => {
+    const visit = await open("#/atoms/letters");
+    const { page } = visit;
+    await page.getByText("20 of 20 atoms").waitFor();
+    const heading = page.getByRole("columnheader", { name: "max" }).getByRole("link");
+    await page.keyboard.press("j");
+    await heading.focus();
+    await page.keyboard.press("Enter");
+    await page.locator(".row.head .c-max_act.sorted").waitFor();
+    await expect.poll(() => page.locator(".row.selected").count()).toBe(0);
+    await page.keyboard.press("j");
+    await page.locator(".row.selected").waitFor();
+    await page.keyboard.press("Enter");
+    await page.waitForURL(/#\/atom\/letters\/\d+/);
+    await leave(visit);
+  });
+
   test("among atoms that were picked, keys, luck and links lead to those alone", async () => {
     const visit = await open("#/atom/letters/0");
     const { page } = visit;
@@ -119,6 +136,23 @@ describe.skipIf(!CHROMIUM)("a site in a browser", () => {
       await page.getByRole("button", { name: "Feeling lucky" }).click();
       await page.waitForURL(/letters\/(2|7|19)$/);
     }
+    await leave(visit);
+  });
+
+  test("a page that may keep nothing in the browser is shown all the same", async () => {
+    const visit = await open("#/nowhere");
+    const { page } = visit;
+    const folder = made.site.folders[1] ?? "";
+    writeFileSync(join(folder, "sandboxed.html"), singleFile(folder));
+    // As a host of untrusted pages serves them; a browser that is told to keep nothing treats all pages so.
+    made.site.answer = (path, _, response) => {
+      if (path === "/sandboxed.html") response.setHeader("Content-Security-Policy", "sandbox allow-scripts");
+      return false;
+    };
+    await page.goto(`${made.site.url}sandboxed.html#/atom/small/4`);
+    await page.locator(".example-list").waitFor();
+    await page.getByRole("button", { name: "change to the dark theme" }).click();
+    await page.getByRole("button", { name: "change to the light theme" }).waitFor();
     await leave(visit);
   });
 

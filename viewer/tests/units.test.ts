@@ -3,16 +3,16 @@ import { Cache } from "../src/data/cache";
 import { parseQuery, select } from "../src/data/query";
 import { AtomTable, STATISTICS } from "../src/data/table";
 import type { Columns } from "../src/data/parquet";
-import { ticks } from "../src/parts/chart";
+import { Bars, ticks } from "../src/parts/chart";
 import { marked, short } from "../src/parts/marks";
 import { figure } from "../src/parts/number";
 import { level } from "../src/parts/sequence";
 import type { AtomsRow } from "../src/schemas";
 import { bestMatch, link, parse } from "../src/state/route";
 import { formatColumns, parseColumns, sharedContexts } from "../src/views/compare";
-import { densityBars } from "../src/views/dictionary";
+import { curves, densityBars } from "../src/views/dictionary";
 import { deciles } from "../src/views/examples";
-import { listSql } from "../src/views/questions";
+import { atomQuestions, listSql } from "../src/views/questions";
 
 test.each([
   ["#/atom/demo/12?show=random", { view: "atom", name: "demo", atom: 12, params: { show: "random" } }],
@@ -118,6 +118,7 @@ test("columns of a comparison survive any name", () => {
   ];
   expect(parseColumns(formatColumns(columns))).toEqual(columns);
   expect(parseColumns("")).toEqual([]);
+  expect(parseColumns("%E0%A4%A:3")).toEqual([{ name: "%E0%A4%A", atom: 3 }]);
 });
 
 test("a list's SQL joins effects where they are asked for, and quotes names", () => {
@@ -129,6 +130,13 @@ test("a list's SQL joins effects where they are asked for, and quotes names", ()
   expect(explained).toContain("from explanations where autoencoder = 'demo'");
   expect(explained).toContain("and explanation_score >= 0.5\norder by explanation_score desc");
   expect(explained).not.toContain("from effects");
+});
+
+test("an atom's SQL asks for all that its page shows", () => {
+  const asked = Object.fromEntries(atomQuestions("o'hara", 3).map(({ title, sql }) => [title, sql]));
+  expect(asked["Direct logits"]).toContain("from logits join");
+  expect(asked["Direct logits"]).toContain("where autoencoder = 'o''hara' and atom = 3");
+  expect(asked["Sources"]).toContain("group by source");
 });
 
 function example(contextId: number, act: number): Parameters<typeof deciles>[0][number] {
@@ -151,6 +159,20 @@ test("densities are counted by decade, dead atoms are not", () => {
   const bars = densityBars(Float64Array.from([0, 0.011, 0.012, 0.5]));
   expect(bars.map(({ count }) => count)).toEqual([2, 1]);
   expect(bars[0]?.from).toBe(-2);
+});
+
+test("a dictionary that never fires has no chart, not one without numbers", () => {
+  const bars = densityBars(Float64Array.from([0, 0]));
+  expect(Bars({ title: "", x: { label: "" }, y: { label: "" }, bars, describe: () => "" })).toBeNull();
+});
+
+test("the curves of a long training are made at once", () => {
+  const steps = Array.from({ length: 100_000 }, (_, step) => step);
+  const start = performance.now();
+  const found = curves(steps.map((step) => ({ phase: "train", metric: "fvu", step, tokens: step, value: 1 / (1 + step) })));
+  // With a new list for each point it is minutes.
+  expect(performance.now() - start).toBeLessThan(5_000);
+  expect(found[0]?.[1][0]?.points.at(-1)).toEqual([99_999, 1 / 100_000]);
 });
 
 test("who asks for the same shares one request, and it stops when nobody waits", async () => {

@@ -103,7 +103,8 @@ interface BarsProps {
 }
 
 /** Counts by range of a value. */
-export function Bars({ title, x, y, bars, describe }: BarsProps): JSX.Element {
+export function Bars({ title, x, y, bars, describe }: BarsProps): JSX.Element | null {
+  if (!bars.length) return null;
   const most = Math.max(1, ...bars.map((bar) => bar.count));
   const height = (count: number): number => (y.log ? Math.log10(Math.max(count, 0.5)) : count);
   const base = y.log ? height(0.5) : 0;

@@ -4,6 +4,11 @@ function isTyping(target: EventTarget | null): boolean {
   return target instanceof HTMLElement && (target.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName));
 }
 
+/** Enter on a link or a button is its own. */
+function isOnControl(target: EventTarget | null): boolean {
+  return target instanceof Element && target.closest("a, button, summary") !== null;
+}
+
 /** Calls what a key stands for, but not while somebody types. */
 export function useKeys(actions: Record<string, () => void>): void {
   const current = useRef(actions);
@@ -12,6 +17,7 @@ export function useKeys(actions: Record<string, () => void>): void {
     const press = (event: KeyboardEvent): void => {
       const action = current.current[event.key];
       if (!action || event.ctrlKey || event.metaKey || event.altKey || isTyping(event.target)) return;
+      if (event.key === "Enter" && isOnControl(event.target)) return;
       event.preventDefault();
       action();
     };

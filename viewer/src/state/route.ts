@@ -10,7 +10,7 @@ export interface Route {
 
 export type Params = Record<string, string | null>;
 
-function decode(text: string): string {
+export function decode(text: string): string {
   try {
     return decodeURIComponent(text);
   } catch {

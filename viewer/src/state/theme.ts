@@ -1,11 +1,12 @@
 import { useEffect, useState } from "preact/hooks";
+import { keep, kept } from "./kept";
 
 type Theme = "light" | "dark";
 const KEY = "theme";
 
 function preferred(): Theme {
-  const kept = localStorage.getItem(KEY);
-  if (kept === "light" || kept === "dark") return kept;
+  const chosen = kept("localStorage", KEY);
+  if (chosen === "light" || chosen === "dark") return chosen;
   return window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
 }
 
@@ -17,7 +18,7 @@ export function useTheme(): [Theme, () => void] {
   }, [theme]);
   const toggle = (): void => {
     const other = theme === "dark" ? "light" : "dark";
-    localStorage.setItem(KEY, other);
+    keep("localStorage", KEY, other);
     set(other);
   };
   return [theme, toggle];

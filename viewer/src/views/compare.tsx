@@ -3,7 +3,7 @@ import { useCallback, useState } from "preact/hooks";
 import type { Example, Source } from "../data/source";
 import { Load } from "../parts/load";
 import type { Entry } from "../schemas";
-import { change, link, replace, type Route } from "../state/route";
+import { change, decode, link, replace, type Route } from "../state/route";
 import { useResource } from "../state/resource";
 import { Examples } from "./examples";
 import { Explanation, Histograms, Logits, Statistics } from "./facts";
@@ -16,7 +16,7 @@ interface Column {
 export function parseColumns(text: string): Column[] {
   return text.split(",").flatMap((part) => {
     const found = /^(.*):(\d{1,9})$/s.exec(part);
-    return found ? [{ name: decodeURIComponent(found[1] ?? ""), atom: Number(found[2]) }] : [];
+    return found ? [{ name: decode(found[1] ?? ""), atom: Number(found[2]) }] : [];
   });
 }
 

@@ -1,4 +1,5 @@
 import type { JSX } from "preact";
+import { useMemo } from "preact/hooks";
 import type { About } from "../data/source";
 import type { AtomTable } from "../data/table";
 import { Bars, Lines, type Bar, type Curve } from "../parts/chart";
@@ -74,8 +75,9 @@ export function curves(metrics: MetricsRow[]): [string, Curve[]][] {
   for (const { phase, metric, tokens, value } of metrics) {
     if (!Number.isFinite(value)) continue;
     const phases = found.get(metric) ?? new Map<string, [number, number][]>();
-    phases.set(phase, [...(phases.get(phase) ?? []), [tokens, value]]);
-    found.set(metric, phases);
+    const points = phases.get(phase) ?? [];
+    points.push([tokens, value]);
+    found.set(metric, phases.set(phase, points));
   }
   return [...found]
     .map(([metric, phases]): [string, Curve[]] => [
@@ -163,7 +165,7 @@ function Quality({ metrics }: { metrics: MetricsRow[] }): JSX.Element | null {
 }
 
 function Training({ metrics }: { metrics: MetricsRow[] }): JSX.Element | null {
-  const found = curves(metrics);
+  const found = useMemo(() => curves(metrics), [metrics]);
   if (!found.length) return null;
   const phases = [...new Set(found.flatMap(([, lines]) => lines.map(({ name }) => name)))];
   return (

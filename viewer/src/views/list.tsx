@@ -164,7 +164,11 @@ function List({ table, length, route, name }: ListProps): JSX.Element {
   const texts = useMemo(() => textsOf(table), [table, length]);
   const [chosen, choose] = useState<number | null>(null);
   useEffect(() => choose(null), [asked]);
-  const move = (by: number): void => choose(Math.max(0, Math.min(rows.length - 1, (chosen ?? -1) + by)));
+  const move = (by: number): void => {
+    // A heading that was clicked would take Enter.
+    if (document.activeElement instanceof HTMLElement) document.activeElement.blur();
+    choose(Math.max(0, Math.min(rows.length - 1, (chosen ?? -1) + by)));
+  };
   const open = (): void => {
     const row = chosen === null ? undefined : rows[chosen];
     if (row !== undefined) go(link("atom", name, table.number("atom", row)));

@@ -5,6 +5,18 @@ function quoted(text: string): string {
   return `'${text.replaceAll("'", "''")}'`;
 }
 
+/** The tokens' strings are those of any corpus that the autoencoder has encoded. */
+function logitsSql(name: string, where: string): string {
+  const corpus = `(select any_value(corpus) from runs where autoencoder = ${quoted(name)})`;
+  const words = `(select token_id, token from vocabulary where corpus = ${corpus})`;
+  return `select kind, rank, token, value\nfrom logits join ${words} using (token_id)\n${where}\norder by all`;
+}
+
+function sourcesSql(where: string): string {
+  const rows = "latents join contexts using (context_id) join documents using (corpus, doc_id)";
+  return `select source, count(*) as n\nfrom ${rows}\n${where}\ngroup by source\norder by n desc`;
+}
+
 /** What an atom's page shows, as questions to the lake. */
 export function atomQuestions(name: string, atom: number): Question[] {
   const ask = (macro: string, ...more: string[]): string => `from ${macro}(${[quoted(name), atom, ...more].join(", ")})`;
@@ -15,9 +27,11 @@ export function atomQuestions(name: string, atom: number): Question[] {
     { title: "Top examples", sql: ask("atom_examples", "'top'") },
     { title: "Random examples", sql: ask("atom_examples", "'random'") },
     { title: "Tokens it peaks on", sql: ask("atom_top_tokens") },
+    { title: "Direct logits", sql: logitsSql(name, where) },
     { title: "Nearest atoms", sql: `${ask("nearest_atoms")} limit 10` },
     { title: "Atoms that fire together", sql: `${ask("coactive_atoms")} limit 10` },
     { title: "Documents", sql: `${ask("atom_documents")} limit 10` },
+    { title: "Sources", sql: sourcesSql(where) },
     { title: "Effects", sql: `select context_id, pos, act, loss_diff, kl from effects ${where}` },
     { title: "Explanation", sql: `select patterns, acts, recall, precision, correlation from explanations ${where}` },
   ];

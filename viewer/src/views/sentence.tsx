@@ -73,6 +73,9 @@ function Result({ encoded, name }: { encoded: Encoded; name: string }): JSX.Elem
           </bdi>
         ))}
       </p>
+      {encoded.atoms.some((here) => !here.length) && (
+        <p class="quiet">Tokens without colour have no atoms: none fires there, or their position is masked, as in the lake.</p>
+      )}
       <div class="pair">
         <section>
           <h3>Strongest atoms of the text</h3>

@@ -1,14 +1,15 @@
 import type { ComponentChildren, JSX } from "preact";
 import { useState } from "preact/hooks";
+import { keep, kept } from "../state/kept";
 
 const KEY = "warned";
 
 /** Asks once a session before it shows what a site warns of. */
 export function Warning({ text, children }: { text: string | null; children: ComponentChildren }): JSX.Element {
-  const [seen, see] = useState(() => text === null || sessionStorage.getItem(KEY) === text);
+  const [seen, see] = useState(() => text === null || kept("sessionStorage", KEY) === text);
   if (seen) return <>{children}</>;
   const accept = (): void => {
-    sessionStorage.setItem(KEY, text ?? "");
+    keep("sessionStorage", KEY, text ?? "");
     see(true);
   };
   return (
