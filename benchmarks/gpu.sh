@@ -42,7 +42,7 @@ lake: $LAKE
 subject: {model: smollm2, hook: blocks.15.hook_resid_pre, dtype: bfloat16, masked_positions: [0]}
 corpus: {name: texts, paths: [texts.jsonl], context_length: 128}
 autoencoder: {name: mesh, n_latents: 32768}
-training: {tokens: 24_000_000, batch_tokens: 32_768, lr: 1.0e-3, checkpoint_tokens: 4_000_000, lanes: 2}
+training: {tokens: 12_000_000, batch_tokens: 32_768, lr: 1.0e-3, checkpoint_tokens: 2_000_000, lanes: 2}
 EOF
 }
 train() { timeout "$limit" python3 -m sae.jobs.cli train "$logs/mesh.yaml" "$@"; }
@@ -54,9 +54,9 @@ ranks() {
     echo "killing one of: $(pgrep -f 'ray::Trainer' | tr '\n' ' ')"
     pkill -9 -n -f 'ray::Trainer'
     wait
-    train --cluster.tp 2 --training.tokens 36_000_000
-    CUDA_VISIBLE_DEVICES=0 train --training.tokens 48_000_000 &
-    CUDA_VISIBLE_DEVICES=1 train --autoencoder.name alone --training.tokens 48_000_000
+    train --cluster.tp 2 --training.tokens 16_000_000
+    CUDA_VISIBLE_DEVICES=0 train --training.tokens 20_000_000 &
+    CUDA_VISIBLE_DEVICES=1 train --autoencoder.name alone --training.tokens 20_000_000
     wait
     python3 -m sae.jobs.cli sql "$LAKE" "select autoencoder, tokens, max(value) filter (metric = 'fvu') as fvu,
         max(value) filter (metric = 'normalized_mse') as mse from metrics where phase = 'validation' group by all order by 2, 1"
