@@ -7,6 +7,7 @@ published format needs of its opcodes is interpreted here, over plain values.
 import json
 import math
 import pickletools
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -213,10 +214,13 @@ def interpreted(pickle: bytes | bytearray) -> Any:
     Raises AutoencoderError where it needs anything else.
     """
     machine = _Machine()
-    for opcode, argument, _ in pickletools.genops(bytes(pickle)):
-        if opcode.name == "STOP":
-            return machine.stack.pop()
-        machine.do(opcode.name, argument)
+    with warnings.catch_warnings():
+        # Of escapes in texts that Python 2 wrote, which are decoded before they can be refused.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for opcode, argument, _ in pickletools.genops(bytes(pickle)):
+            if opcode.name == "STOP":
+                return machine.stack.pop()
+            machine.do(opcode.name, argument)
     raise AutoencoderError("its data.pkl has no end")
 
 

@@ -230,6 +230,11 @@ def test_tensors_larger_than_their_bytes_are_refused(tmp_path: Path, pickled: by
     refused(path, untrusted.read_torch)
 
 
+def test_a_text_as_python_2_wrote_it_is_refused_without_a_warning(tmp_path: Path) -> None:
+    write_pickle(tmp_path / "a.pt", b"S'\\o'\n.")
+    assert "has the opcode STRING, which no state dict needs" in refused(tmp_path / "a.pt", untrusted.read_torch)
+
+
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     write_pickle(tmp_path / "a.pt", declared(4, (2, 2), (2, 1)))
     assert "its part data/0 is missing" in refused(tmp_path / "a.pt", untrusted.read_torch)
