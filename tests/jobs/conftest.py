@@ -1,4 +1,4 @@
-"""One Ray for all tests of steps, and the tiny run at each of its stages."""
+"""One Ray for the tests of steps that need it, and the tiny run at each of its stages."""
 
 import subprocess
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sae.jobs import cli, cluster
+from tests.no_ray import without_ray
 from tests.tiny_run import Lab, make_lab
 
 
@@ -31,11 +32,19 @@ def tokenized(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     return there
 
 
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """Steps do their work in this process, for tests of what is the same whoever does it."""
+    with without_ray():
+        yield
+
+
 @pytest.fixture(scope="session")
-def trained(tokenized: Lab, one_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def trained(tokenized: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The tiny run after `train`; not to be changed."""
     there = tokenized.copy(tmp_path_factory.mktemp("trained"))
-    there.done("train")
+    with without_ray():
+        there.done("train")
     return there
 
 
@@ -43,8 +52,9 @@ def trained(tokenized: Lab, one_ray: None, tmp_path_factory: pytest.TempPathFact
 def finished(trained: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """The tiny run after `encode` and `aggregate`, not compacted; not to be changed."""
     there = trained.copy(tmp_path_factory.mktemp("finished"))
-    there.done("encode")
-    there.done("aggregate")
+    with without_ray():
+        there.done("encode")
+        there.done("aggregate")
     return there
 
 

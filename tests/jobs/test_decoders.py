@@ -37,7 +37,7 @@ def small(tmp_path: Path) -> Small:
 
 @pytest.mark.parametrize("weights", ["average", "plain"])
 def test_rows_are_the_unit_norm_decoder_that_encoded(
-    trained: Lab, tmp_path: Path, weights: checkpoints.Weights
+    trained: Lab, no_ray: None, tmp_path: Path, weights: checkpoints.Weights
 ) -> None:
     lab = trained.copy(tmp_path)
     lab.done("encode", encode__weights=weights)

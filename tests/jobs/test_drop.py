@@ -333,7 +333,7 @@ def test_what_cannot_be_dropped_is_told_in_one_line(small: Small, what: tuple[st
     assert refused(small, *what).startswith(said)
 
 
-def test_the_steps_go_on_with_what_is_left(finished: Lab, one_ray: None, tmp_path: Path) -> None:
+def test_the_steps_go_on_with_what_is_left(finished: Lab, no_ray: None, tmp_path: Path) -> None:
     lab = finished.copy(tmp_path)
     assert sae("drop", lab.lake, "--latents", tiny_run.NAME, "--run", f"{tiny_run.CORPUS}/1").code == 0
     assert sae("drop", lab.lake, "--doc", "2").code == 0

@@ -14,7 +14,7 @@ from sae.onward import Onward
 from sae.schemas.errors import LakeError, SubjectError
 from sae.schemas.viewer import EFFECTS, AtomFile, Sequence
 from sae.subject import Subject
-from tests.in_process import effects_all, encode_all, run_of, train
+from tests.in_process import effects_all, run_of
 from tests.tiny_run import NAME, Lab, sae
 
 RANKS, VOTES = 2, 3
@@ -30,18 +30,9 @@ KEY = "atom, context_id, pos"
 
 
 @pytest.fixture(scope="module")
-def aggregated(tokenized: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    lab = tokenized.copy(tmp_path_factory.mktemp("aggregated"))
-    train(lab)
-    encode_all(lab)
-    lab.done("aggregate")
-    return lab
-
-
-@pytest.fixture(scope="module")
-def made(aggregated: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def made(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """With effects; not to be changed."""
-    lab = aggregated.copy(tmp_path_factory.mktemp("made"))
+    lab = finished.copy(tmp_path_factory.mktemp("made"))
     assert effects_all(lab, **SETTINGS) == 4
     write_views(Lake(str(lab.lake)))
     return lab
@@ -96,8 +87,8 @@ def test_figures_equal_a_plain_forward_that_zeroes_the_latent(made: Lab) -> None
         assert act == pytest.approx(stored, rel=2**-11)
 
 
-def test_a_second_run_makes_nothing_and_more_atoms_only_what_is_missing(aggregated: Lab, tmp_path: Path) -> None:
-    lab = aggregated.copy(tmp_path)
+def test_a_second_run_makes_nothing_and_more_atoms_only_what_is_missing(finished: Lab, tmp_path: Path) -> None:
+    lab = finished.copy(tmp_path)
     assert effects_all(lab, **SETTINGS, effects__atoms=[3, 5]) == 1
     assert {atom for (atom,) in rows(lab, "select atom from effects")} == {3, 4, 5}
     assert effects_all(lab, **SETTINGS, effects__atoms=[4, 5]) == 0
@@ -162,9 +153,9 @@ def test_status_tells_effects_of_other_examples(made: Lab, tmp_path: Path) -> No
 
 
 def test_a_model_that_predicts_nan_is_one_line_and_leaves_no_rows(
-    aggregated: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = aggregated.copy(tmp_path)
+    lab = finished.copy(tmp_path)
     run, of_probe = Onward.run, iter([1.0])
     monkeypatch.setattr(Onward, "run", lambda *given: run(*given) * next(of_probe, torch.nan))
     with pytest.raises(SubjectError, match=r"^effects: predictions of .* are NaN or infinite in float32; "):
@@ -217,12 +208,12 @@ def test_logits_are_the_direction_through_norm_and_unembedding(made: Lab) -> Non
         ({"encode__weights": "plain"}, "encode.weights, encode.checkpoint: got plain and last,"),
     ],
 )
-def test_what_does_not_fit_is_one_line(aggregated: Lab, overrides: dict[str, Any], line: str) -> None:
-    before = Lake(str(aggregated.lake)).snapshot().version
-    result = aggregated.sae("effects", **overrides)
+def test_what_does_not_fit_is_one_line(finished: Lab, overrides: dict[str, Any], line: str) -> None:
+    before = Lake(str(finished.lake)).snapshot().version
+    result = finished.sae("effects", **overrides)
     assert (result.code, len(result.lines)) == (1, 1)
     assert line in result.stderr
-    assert Lake(str(aggregated.lake)).snapshot().version == before
+    assert Lake(str(finished.lake)).snapshot().version == before
 
 
 def test_nothing_encoded_is_one_line(tokenized: Lab) -> None:
@@ -232,8 +223,8 @@ def test_nothing_encoded_is_one_line(tokenized: Lab) -> None:
 
 
 @pytest.mark.usefixtures("one_ray")
-def test_the_command_gives_the_same_rows_with_ray(made: Lab, aggregated: Lab, tmp_path: Path) -> None:
-    lab = aggregated.copy(tmp_path)
+def test_the_command_gives_the_same_rows_with_ray(made: Lab, finished: Lab, tmp_path: Path) -> None:
+    lab = finished.copy(tmp_path)
     lab.done("effects", **SETTINGS)
     for table, order in (("effects", KEY), ("logits", "atom, kind, rank"), ("neighbours", "atom, kind, rank")):
         assert rows(lab, f"select * from {table} order by {order}") == rows(

@@ -38,18 +38,9 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def aggregated(tokenized: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    lab = tokenized.copy(tmp_path_factory.mktemp("aggregated"))
-    train(lab)
-    encode_all(lab)
-    lab.done("aggregate")
-    return lab
-
-
-@pytest.fixture(scope="module")
-def made(aggregated: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+def made(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     """With explanations; not to be changed."""
-    lab = aggregated.copy(tmp_path_factory.mktemp("made"))
+    lab = finished.copy(tmp_path_factory.mktemp("made"))
     assert explain_all(lab, **SETTINGS) == 4
     write_views(Lake(str(lab.lake)))
     return lab
@@ -224,9 +215,9 @@ def test_ends_of_examples_keep_half_of_the_activation_of_a_plain_forward(made: L
 
 
 def test_a_second_run_makes_nothing_and_more_atoms_only_what_is_missing(
-    made: Lab, aggregated: Lab, tmp_path: Path
+    made: Lab, finished: Lab, tmp_path: Path
 ) -> None:
-    lab = aggregated.copy(tmp_path)
+    lab = finished.copy(tmp_path)
     assert explain_all(lab, **SETTINGS, explain__atoms=[3, 5]) == 1
     assert rows(lab, "select atom from explanations order by atom") == [(3,), (4,), (5,)]
     assert explain_all(lab, **SETTINGS, explain__atoms=[4, 5]) == 0
@@ -308,8 +299,8 @@ def test_status_tells_explanations_of_other_examples(made: Lab, tmp_path: Path) 
     assert told in sae("status", lab.lake).stdout
 
 
-def test_compacted_latents_give_the_same_scores(made: Lab, aggregated: Lab, tmp_path: Path) -> None:
-    lab = aggregated.copy(tmp_path)
+def test_compacted_latents_give_the_same_scores(made: Lab, finished: Lab, tmp_path: Path) -> None:
+    lab = finished.copy(tmp_path)
     lab.done("compact")
     lab.done("aggregate")
     explain_all(lab, **SETTINGS)
@@ -347,9 +338,9 @@ def test_steps_in_the_wrong_order_are_one_line(tokenized: Lab, tmp_path: Path) -
 
 
 def test_activations_that_are_nan_are_one_line_and_leave_no_rows(
-    aggregated: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lab = aggregated.copy(tmp_path)
+    lab = finished.copy(tmp_path)
     load = Subject.load
 
     def spoiled(*given: Any, **named: Any) -> Subject:
@@ -365,9 +356,9 @@ def test_activations_that_are_nan_are_one_line_and_leave_no_rows(
 
 @pytest.mark.usefixtures("one_ray")
 def test_the_command_gives_the_same_rows_with_ray_and_goes_on_where_it_was(
-    made: Lab, aggregated: Lab, tmp_path: Path
+    made: Lab, finished: Lab, tmp_path: Path
 ) -> None:
-    lab = aggregated.copy(tmp_path)
+    lab = finished.copy(tmp_path)
     explain_all(lab, **SETTINGS, explain__atoms=[20, 39])  # what a command that was killed had committed
     files = rows(lab, "select count(*) from explanations")
     version = Lake(str(lab.lake)).snapshot().version
@@ -380,8 +371,8 @@ def test_the_command_gives_the_same_rows_with_ray_and_goes_on_where_it_was(
 
 
 @pytest.mark.long
-def test_a_command_that_was_killed_goes_on_with_what_is_missing(made: Lab, aggregated: Lab, tmp_path: Path) -> None:
-    lab = aggregated.copy(tmp_path)
+def test_a_command_that_was_killed_goes_on_with_what_is_missing(made: Lab, finished: Lab, tmp_path: Path) -> None:
+    lab = finished.copy(tmp_path)
     given = {**SETTINGS, "explain__unit_atoms": 1}
     flags = [f"--{key.replace('__', '.')}={value}" for key, value in {"lake": lab.lake, **given}.items()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

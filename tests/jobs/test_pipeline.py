@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae.jobs.lake import Lake, connect
+from tests.no_ray import without_ray
 from tests.tiny_run import CORPUS, NAME, ORDER, Lab, rows
 
 STEPS = ("tokenize", "train", "encode", "compact", "aggregate", "evaluate", "export")
@@ -41,21 +42,22 @@ def assert_same_training(one: Lab, other: Lab) -> None:
 
 
 @pytest.mark.slow
-def test_fresh_run_with_three_actors_and_other_batches_gives_the_same_tables(
+def test_fresh_run_with_several_actors_and_other_batches_gives_the_same_tables(
     finished: Lab, one_ray: None, tmp_path: Path
 ) -> None:
-    """Down to the bits, and so also to the stored precision: nothing in a row depends on its neighbours."""
+    """Down to the bits of a run without Ray, and so also to the stored precision: no row depends on its neighbours."""
     fresh = finished.without_lake(tmp_path)
-    fresh.done("run", cluster__encode_actors=3, encode__batch_contexts=5)
+    fresh.done("run", cluster__encode_actors=2, encode__batch_contexts=5)
     assert_same_training(fresh, finished)
     for table in ORDER.keys() - {"metrics"}:
         assert rows(fresh.lake, table) == rows(finished.lake, table), table
-    again = [fresh.done(step, cluster__encode_actors=3) for step in STEPS]
+    again = [fresh.done(step, cluster__encode_actors=2) for step in STEPS]
     assert [len(result.lines) for result in again] == [1] * len(STEPS)
 
 
-@pytest.mark.slow
-def test_batches_of_one_context_give_the_same_latents(finished: Lab, trained: Lab, tmp_path: Path) -> None:
+def test_batches_of_one_context_give_the_same_latents(
+    finished: Lab, trained: Lab, no_ray: None, tmp_path: Path
+) -> None:
     single = trained.copy(tmp_path)
     single.done("encode", encode__batch_contexts=1)
     single.done("aggregate")
@@ -120,7 +122,7 @@ def test_training_that_is_killed_and_goes_on_gives_the_same_bits(
     assert_same_training(killed, trained)
 
 
-def test_training_can_be_prolonged(trained: Lab, tokenized: Lab, one_ray: None, tmp_path: Path) -> None:
+def test_training_can_be_prolonged(trained: Lab, tokenized: Lab, no_ray: None, tmp_path: Path) -> None:
     """Training to 3,200 tokens and then to 6,400 is training to 6,400."""
     lab = tokenized.copy(tmp_path)
     lab.done("train", training__tokens=3200)
@@ -135,11 +137,13 @@ def test_training_from_the_cache_is_nearly_training_live(
 ) -> None:
     """The cache has half precision, 2**-11 of each activation; a hundred steps don't amplify that to more than 2%."""
     lab = tokenized.copy(tmp_path)
-    early = lab.sae("train", training__source="cached")
+    with without_ray():
+        early = lab.sae("train", training__source="cached")
     assert early.code == 1
     assert "run sae harvest first" in early.lines[-1]
     lab.done("harvest")
-    lab.done("train", training__source="cached")
+    with without_ray():
+        lab.done("train", training__source="cached")
     query = "select value from metrics where phase = 'validation' and metric = 'fvu' order by step"
     cached, live = ([value for (value,) in connect(str(one.lake)).sql(query).fetchall()] for one in (lab, trained))
     assert cached == pytest.approx(live, rel=0.02)

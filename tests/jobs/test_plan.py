@@ -270,7 +270,7 @@ def test_the_corpus_is_counted_once_it_is_known(tokenized: Lab) -> None:
     assert f"for the corpus' {tokens:,} tokens" in sae("plan", tokenized.config, flag).stdout
 
 
-def test_the_cache_of_activations_is_as_large_as_planned(tokenized: Lab, one_ray: None, tmp_path: Path) -> None:
+def test_the_cache_of_activations_is_as_large_as_planned(tokenized: Lab, no_ray: None, tmp_path: Path) -> None:
     there = tokenized.copy(tmp_path)
     flags = (f"--lake={there.lake}", "--subject.masked_positions=[]", "--training.source=cached")
     (harvest,) = (step for step in report(there.config, *flags)["lake"]["steps"] if step["step"] == "harvest")

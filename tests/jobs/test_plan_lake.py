@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from sae.jobs.lake_costs import Hosts, Sizes, Step, merged_rows, steps
 from sae.jobs.log import sealed
 from sae.jobs.spent import spent
 from tests.in_process import harvest_all
+from tests.no_ray import without_ray
 from tests.tiny_run import CORPUS, NAME, Lab, sae
 
 # SmolLM2-135M to block 15, contexts of 128, 32,768 latents: benchmarks/results/2026-11-23.md.
@@ -94,13 +96,20 @@ def test_a_copy_by_token_is_planned_and_told(done: Lab) -> None:
     assert line.split() == ["latents_by_token", *(cell for size in there for cell in ("-", size))]
 
 
-@pytest.fixture
-def done(finished: Lab, one_ray: None, tmp_path: Path) -> Lab:
-    """The tiny run after all of the lake's steps but effects and explain."""
-    there = finished.copy(tmp_path)
-    for name in ("compact", "aggregate", "export"):
-        there.done(name)
+@pytest.fixture(scope="module")
+def all_done(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    """The tiny run after all of the lake's steps but effects and explain; not to be changed."""
+    there = finished.copy(tmp_path_factory.mktemp("done"))
+    with without_ray():
+        for name in ("compact", "aggregate", "export"):
+            there.done(name)
     return there
+
+
+@pytest.fixture
+def done(all_done: Lab, no_ray: None, tmp_path: Path) -> Lab:
+    shutil.copytree(all_done.lake.parent / "viewer", tmp_path / "viewer")
+    return all_done.copy(tmp_path)
 
 
 NOT_DONE = ("effects", "explain")
@@ -180,7 +189,7 @@ def test_a_run_that_was_dropped_and_made_again_counts_once(done: Lab) -> None:
     assert steps_of(done)["encode"]["really"]["tables"]["latents"] == before
 
 
-def test_rows_are_merged_as_often_as_planned(trained: Lab, one_ray: None, tmp_path: Path) -> None:
+def test_rows_are_merged_as_often_as_planned(trained: Lab, no_ray: None, tmp_path: Path) -> None:
     there = trained.copy(tmp_path)
     there.done("encode", encode__run_tokens=64)
     config = cli.load_config(str(there.config), [("compact.memory_mb", "100")])
