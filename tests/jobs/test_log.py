@@ -35,14 +35,14 @@ def entry(version: int) -> dict[str, object]:
     }
 
 
-def write_log(path: str | Path, n: int, checkpoints: bool = True) -> Lake:
-    """A lake with a log of n entries, as a writer leaves it."""
+def write_log(path: str | Path, n: int, checkpoints: int = 4) -> Lake:
+    """A lake with a log of n entries, as a writer leaves it but for the older ones of its checkpoints."""
     lake, snapshot = Lake(str(path), create=True), Snapshot()
     for version in range(n):
         one = sealed(entry(version))
         assert lake.log.link(one)
         snapshot = snapshot.apply([one])
-        if checkpoints and (version + 1) % CHECKPOINT_EVERY == 0:
+        if (version + 1) % CHECKPOINT_EVERY == 0 and version >= n - checkpoints * CHECKPOINT_EVERY:
             lake.log.write_checkpoint(snapshot, one)
     return Lake(str(path))
 
@@ -148,7 +148,7 @@ def test_an_entry_of_an_older_lake_has_no_checksum(lake: Lake) -> None:
 
 
 def test_what_a_newer_sae_notes_of_a_file_is_told_in_one_line(tmp_path: Path) -> None:
-    lake = write_log(tmp_path / "lake", CHECKPOINT_EVERY - 1, checkpoints=False)
+    lake = write_log(tmp_path / "lake", CHECKPOINT_EVERY - 1)
     newer: dict[str, Any] = entry(CHECKPOINT_EVERY - 1)
     newer["add"] = [{**file, "sorted": True, "codec": "zstd"} for file in newer["add"]]
     assert lake.log.link(sealed(newer))

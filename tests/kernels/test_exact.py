@@ -115,7 +115,7 @@ def test_equal_latents_go_by_number(device: str) -> None:
 
 @on_devices
 def test_ordinary_rows_are_proven_without_a_product_in_float32(device: str) -> None:
-    x, weight, bias = problem(20, 64, 1024, device)
+    x, weight, bias = problem(10, 64, 1024, device)
     with kernels(device):
         found, sure = exact._encode_proven(x, weight, bias, 16, exact.round_encoder(weight))
         again = exact._encode_in_float32(x, weight, bias, 16)
