@@ -62,7 +62,8 @@ $(SERVERS): tests/package-lock.json
 test: env $(SERVERS)
 	$(PY) -m pytest -m "not gpu and not long and not readers" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
-# Trainings that are killed, interrupted and set up wrongly, each with workers that have to start.
+# Trainings that are killed, interrupted and set up wrongly, jobs of a cluster, each with workers that have to start;
+# every variant of the kernels, and more steps and seeds of what make test does.
 test-long: env $(SERVERS)
 	$(PY) -m pytest -m "long and not gpu" $(PYTEST_ARGS)
 

@@ -5,8 +5,9 @@ A module with kernels lists the variants that it ships:
     COMPILED = [Compiled(_double_kernel, "*bf16, *bf16, i32", {"BLOCK": 256}, num_warps=4)]
 
 `TRITON_INTERPRET=0 python -m sae.kernels.compiled` builds them all for sm_80 and sm_90 and prints one line of
-JSON each (module names as arguments: only theirs). tests/kernels/test_compile.py checks those lines. A kernel
-that is launched must be in a list; a jit function that only other kernels call is compiled with them.
+JSON each (module names as arguments: only theirs; --first: of each kernel only its first variant).
+tests/kernels/test_compile.py checks those lines. A kernel that is launched must be in a list; a jit function that
+only other kernels call is compiled with them.
 """
 
 import importlib
@@ -125,15 +126,23 @@ def _called(kernel: Any) -> list[Any]:
     return [fn for fn in named if isinstance(fn, triton.JITFunction)]
 
 
-def main(names: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
     """Print, one JSON object a line, what each variant became, and the kernels that no variant covers."""
-    found = modules(names)
+    found = modules([name for name in arguments if name != "--first"])
     variants = [variant for module in found for variant in getattr(module, "COMPILED", [])]
     for module in found:
         print(json.dumps({"module": module.__name__, "unlisted": sorted(unlisted(module, variants))}))
-    for variant in variants:
+    for variant in _first_ones(variants) if "--first" in arguments else variants:
         for capability in variant.capabilities:
             print(json.dumps(compile_for(variant, capability)), flush=True)
+
+
+def _first_ones(variants: Sequence[Compiled]) -> list[Compiled]:
+    """Return of each kernel, and each set of architectures that it is shipped for, the first variant."""
+    first: dict[Any, Compiled] = {}
+    for variant in variants:
+        first.setdefault((jit_function(variant.kernel), variant.capabilities), variant)
+    return list(first.values())
 
 
 if __name__ == "__main__":

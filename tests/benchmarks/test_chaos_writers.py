@@ -21,9 +21,10 @@ def killed(n: int, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_killed_writers_lose_nothing() -> None:
-    row = killed(20)
-    assert (row["kills"], row["faults"]) == (20, 0)
+@pytest.mark.parametrize("n", [6, pytest.param(20, marks=pytest.mark.long)])
+def test_killed_writers_lose_nothing(n: int) -> None:
+    row = killed(n)
+    assert (row["kills"], row["faults"]) == (n, 0)
     assert row["reader_checks"] > 0
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.tune import fastest
 from sae.kernels.launches import OPS
 
@@ -24,6 +26,7 @@ def test_the_settings_that_lose_least_over_all_shapes_win() -> None:
     assert fastest(rows) == {"product": b, "select": {"num_warps": 8}}
 
 
+@pytest.mark.long
 def test_the_command_prints_an_entry_of_each_op_that_runs_here() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.tune", "--device", "cpu", "--shapes", "3,8,33,2", "--rounds", "1", "--json"],

@@ -246,7 +246,7 @@ def saved(mesh: Mesh, config: Any, full: int | None) -> str:
     return ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_where_the_disk_of_one_rank_is_full_no_file_of_any_remains(
     ranks: Ranks, tokenized: Lab, tmp_path: Path
 ) -> None:

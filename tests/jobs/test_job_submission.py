@@ -20,7 +20,7 @@ import yaml
 from sae.jobs.lake import connect
 from tests.models import TEXT, tiny_gpt2
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

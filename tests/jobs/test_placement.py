@@ -86,7 +86,7 @@ def small_nodes(lab: Lab) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tp_groups_are_on_one_node_as_far_as_they_fit(small_nodes: dict[str, Any]) -> None:
     of_one, of_four, of_two = small_nodes["placed"]
     assert [len({*group}) for group in of_one] == [1]
@@ -94,7 +94,7 @@ def test_tp_groups_are_on_one_node_as_far_as_they_fit(small_nodes: dict[str, Any
     assert sorted(len({*group}) for group in of_two) == [2, 2], "none has room for four"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_who_replaces_a_lost_rank_waits_for_a_gpu_of_its_own(small_nodes: dict[str, Any]) -> None:
     """Two ranks on one GPU could not join each other."""
     error = small_nodes["error"]
@@ -103,7 +103,7 @@ def test_who_replaces_a_lost_rank_waits_for_a_gpu_of_its_own(small_nodes: dict[s
     assert sorted(Counter(node for (node,) in small_nodes["again"]).values()) == [2, 3, 3]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_that_ask_for_no_gpu_see_none(small_nodes: dict[str, Any]) -> None:
     """On nodes that have some."""
     assert small_nodes["with 0"] == [[0, "", []], [1, "", []]]

@@ -25,6 +25,7 @@ from sae.transcoder import Transcoder
 from tests.ranks import Ranks
 
 MESHES = [(2, 1), (1, 2), (2, 2), (1, 4), (1, 8)]
+STEPS, FEW_STEPS = 50, 12
 CONFIG = StepConfig(mse_scale=1.7, auxk=6, dead_after_tokens=60, clip=None, ema_decay=0.9)
 
 
@@ -39,7 +40,7 @@ class Case:
     normalize: bool = False
     config: StepConfig = CONFIG
     rows: int = 32
-    steps: int = 50
+    steps: int = STEPS
     nested: tuple[int, ...] = ()
     transcodes: bool = False
     every_tying: int = 100
@@ -151,23 +152,25 @@ def assert_same(case: Case, parts: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dp", "tp"), MESHES)
-def test_a_mesh_trains_as_one_process_does(ranks: Ranks, dp: int, tp: int) -> None:
+@pytest.mark.parametrize("steps", [FEW_STEPS, pytest.param(STEPS, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("dp", "tp"), [*MESHES[:-1], pytest.param(*MESHES[-1], marks=pytest.mark.long)])
+def test_a_mesh_trains_as_one_process_does(ranks: Ranks, dp: int, tp: int, steps: int) -> None:
     # On two processors eight ranks take turns, and wait for each other some fifteen times a step.
-    cases = [*CASES.values()] if tp < 8 else [CASES["one latent a row"], CASES["topk, with ties and silent latents"]]
+    chosen = CASES.values() if tp < 8 else [CASES["one latent a row"], CASES["topk, with ties and silent latents"]]
+    cases = [replace(case, steps=steps) for case in chosen]
     found = ranks.on_mesh(dp, tp, all_trained, cases)
     for number, case in enumerate(cases):
         assert_same(case, [of_rank[number] for of_rank in found])
 
 
 def test_the_cases_are_of_all_kinds() -> None:
-    """Ties are cut and dead latents revived, or the test above would not see them."""
-    silent = trained_alone(CASES["topk, with ties and silent latents"])
+    """Ties are cut and dead latents revived, even in few steps, or the test above would not see them."""
+    silent = trained_alone(replace(CASES["topk, with ties and silent latents"], steps=FEW_STEPS))
     assert max(found["dead"] for found in silent["metrics"][:-1]) > 0.3
     model = CASES["one latent a row"].whole()
     pre_act = model.encode_pre_act(CASES["one latent a row"].batches()[0])
     assert ((pre_act == pre_act.max(dim=1, keepdim=True).values).sum(dim=1) > 1).any()
-    clipped = trained_alone(CASES["topk, clipped, of normalised input"])
+    clipped = trained_alone(replace(CASES["topk, clipped, of normalised input"], steps=FEW_STEPS))
     assert any(found["grad_norm"] > 0.4 for found in clipped["metrics"][:-1])
 
 

@@ -274,6 +274,7 @@ def test_a_launch_on_a_gpu_is_checked_later(gpt2: Path, bad: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["rotary", pytest.param("gpt2", marks=pytest.mark.long)], indirect=True)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_subject_gives_the_same_activations(folder: Path) -> None:
     subject = Subject.load(str(folder), "resid_post_mlp.1")
