@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae.jobs.lake import connect
+from tests.no_ray import without_ray
 from tests.tiny_run import CONTEXT_LENGTH, CORPUS, NAME, Lab
 
 Array = npt.NDArray[Any]
@@ -134,7 +135,8 @@ def dense(finished: Lab) -> Dense:
 @pytest.fixture(scope="module")
 def compacted(finished: Lab, tmp_path_factory: pytest.TempPathFactory) -> Lab:
     there = finished.copy(tmp_path_factory.mktemp("compacted"))
-    there.done("compact")
+    with without_ray():
+        there.done("compact")
     return there
 
 

@@ -299,7 +299,7 @@ def test_status_tells_explanations_of_other_examples(made: Lab, tmp_path: Path) 
     assert told in sae("status", lab.lake).stdout
 
 
-def test_compacted_latents_give_the_same_scores(made: Lab, finished: Lab, tmp_path: Path) -> None:
+def test_compacted_latents_give_the_same_scores(made: Lab, finished: Lab, no_ray: None, tmp_path: Path) -> None:
     lab = finished.copy(tmp_path)
     lab.done("compact")
     lab.done("aggregate")
