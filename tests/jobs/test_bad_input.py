@@ -227,11 +227,23 @@ def test_a_full_lake(left: int, finished: Lab, small_disk: Path) -> None:
     refused(there, "compact", "cannot write", "No space left", str(there.lake))
 
 
+def test_a_run_that_finds_the_lake_full(trained: Lab, no_ray: None, small_disk: Path) -> None:
+    there = trained.copy(small_disk)
+    fill(small_disk, 8192)
+    refused(there, "encode", "cannot write", "No space left", str(there.lake))
+
+
 @pytest.mark.slow
 def test_encoding_into_a_full_lake(trained: Lab, one_ray: None, small_disk: Path) -> None:
     there = trained.copy(small_disk)
     fill(small_disk, 8192)
-    refused(there, "encode", "cannot write", "No space left", str(there.lake))
+    before = there.bytes()
+    result = there.sae("encode")
+    assert (result.code, len(result.lines)) == (1, 1), result.stderr
+    for part in ("error: ", "cannot write", "No space left", str(there.lake)):
+        assert part in result.stderr
+    # The worker is killed, and another of its runs may be on its way to the disk.
+    assert {path: data for path, data in there.bytes().items() if "/.tmp-" not in path} == before
 
 
 def test_training_on_a_full_lake(tokenized: Lab, no_ray: None, small_disk: Path) -> None:
