@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Final, NoReturn
 
 from sae.jobs import storage
@@ -56,16 +57,17 @@ def program(*arguments: str) -> NoReturn:
 
 def run_step(step: str, config: Run) -> None:
     """Runs one step in this process."""
-    importlib.import_module("sae.jobs.cluster").check_folders_of_job(config, step)
+    _module("cluster").check_folders_of_job(config, step)
     if step in _WRITES_LATE and storage.is_local(config.lake):
         storage.check_writable(config.lake)
     several = config.each() if step in _OF_ONE_AUTOENCODER else [config]
-    for one in several:
-        if len(several) > 1:
-            say(f"{step}: autoencoder {one.autoencoder.name}")
-        importlib.import_module(f"sae.jobs.{step}").run(one)
+    with _module("cluster").kept() if len(several) > 1 else nullcontext():
+        for one in several:
+            if len(several) > 1:
+                say(f"{step}: autoencoder {one.autoencoder.name}")
+            _module(step).run(one)
     # Also when there was nothing to do: the command before may have been killed just before it did this.
-    lake = importlib.import_module("sae.jobs.lake")
+    lake = _module("lake")
     lake.write_views(lake.Lake(config.lake))
 
 
@@ -223,9 +225,10 @@ def _run_one(step: str, given: argparse.Namespace) -> None:
 
 def _run_all(given: argparse.Namespace) -> None:
     config = _config(given)
-    for step in STEPS:
-        if step != "harvest" or config.training.source == "cached":
-            run_step(step, config)
+    with _module("cluster").kept():
+        for step in STEPS:
+            if step != "harvest" or config.training.source == "cached":
+                run_step(step, config)
 
 
 def _config(given: argparse.Namespace) -> Run:

@@ -24,6 +24,7 @@ GPU_RUNS: Final = 8
 CPU_RUNS: Final = 2
 # Ray sets it for the entrypoint of a submitted job: such a driver belongs to the cluster it was submitted to.
 _IN_JOB: Final = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_keeping = False
 
 
 @contextlib.contextmanager
@@ -40,6 +41,22 @@ def connected(config: Run) -> Iterator[None]:
     try:
         yield
     finally:
+        if not _keeping:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Ray that `connected` starts inside of the block lasts until its end: to start it takes seconds, for each step."""
+    global _keeping
+    if _keeping or ray.is_initialized():
+        yield
+        return
+    _keeping = True
+    try:
+        yield
+    finally:
+        _keeping = False
         ray.shutdown()
 
 

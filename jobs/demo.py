@@ -9,7 +9,7 @@ from typing import Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from sae.jobs import progress, storage, views
+from sae.jobs import cluster, progress, storage, views
 from sae.jobs.lake import connect
 from sae.schemas import config as run_config
 from sae.schemas.config import Run
@@ -67,8 +67,9 @@ def main(run_step: Any) -> None:
     """Runs every step that is not yet done, then shows what came out."""
     start = time.monotonic()
     config = _write_config()
-    for step in _STEPS:
-        run_step(step, config)
+    with cluster.kept():
+        for step in _STEPS:
+            run_step(step, config)
     _show(config)
     progress.say(f"\ndemo: done in {time.monotonic() - start:,.0f} s")
 
