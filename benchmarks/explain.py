@@ -3,8 +3,8 @@
 At once: what `sae explain` does, without its commits. Apart: the same search of the same examples as a program makes it
 that asks a model about one sequence for one atom: a forward of that sequence, and all latents of all its positions; and
 the search of the reference, which tries ends of any length and no gaps, made in the same way.
-Half of the atoms that are done apart come before the others and half after; they are spread over all atoms. Matching is
-that of all contexts that the step scores on; apart it is a walk through an atom's trie from every token of some.
+Half of the atoms that are done apart come before the others and half after; they are drawn at random. Matching is that
+of all contexts that the step scores on; apart it is a walk through an atom's trie from every token of some.
 
 `make demo` leaves a lake: python -m benchmarks.explain demo/run.yaml
 """
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", default="demo/run.yaml", help="a run whose lake is aggregated")
     parser.add_argument("--atoms", type=int, default=1000)
-    parser.add_argument("--apart", type=int, default=8, help="atoms that are done one at a time")
+    parser.add_argument("--apart", type=int, default=20, help="atoms that are done one at a time")
     parser.add_argument("--contexts", type=int, default=50, help="contexts that are walked through, of one atom")
     parser.add_argument("--threads", type=int)
     parser.add_argument(
@@ -90,7 +90,7 @@ def measured(args: argparse.Namespace, config: Run) -> dict[str, Any]:
     counted = Counted(explainer._prober._run)
     explainer._prober._run = counted
     alone = Alone(config, lake, explainer._settings)
-    few = spread(lake, snapshot, config, wanted, args.apart)
+    few = some(lake, snapshot, config, wanted, args.apart)
     like_reference = Alone(
         config, lake, dataclasses.replace(explainer._settings, length=config.corpus.context_length, gap=0)
     )
@@ -130,12 +130,12 @@ def measured(args: argparse.Namespace, config: Run) -> dict[str, Any]:
     }
 
 
-def spread(lake: Lake, snapshot: Snapshot, config: Run, wanted: Range, n: int) -> list[int]:
-    """Atoms that have examples."""
+def some(lake: Lake, snapshot: Snapshot, config: Run, wanted: Range, n: int) -> list[int]:
+    """Atoms that have examples, drawn at random."""
     rows = atom_units.examples(lake, snapshot, config.autoencoder.name, wanted, ("top",), 1)
     known = np.unique(rows["atom"].to_numpy())
-    found: list[int] = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(int)].tolist()
-    return found
+    drawn: list[int] = np.random.default_rng(0).choice(known, min(n, len(known)), replace=False).tolist()
+    return drawn
 
 
 class Alone:
@@ -215,8 +215,9 @@ def described(found: dict[str, Any]) -> dict[str, Any]:
         f"{found['sequences']:,} sequences of {found['tokens']:,} tokens in {found['batches']:,} batches, "
         f"{found['tokens'] / max(1, found['examples']):.1f} tokens an example; apart it was called "
         f"{found['apart_calls'] / n_apart:,.0f} times an atom, as the reference searches, with ends of any length and "
-        f"no gaps, {found['reference_calls'] / n_apart:,.0f} times, and {found['same']} of {n_apart} atoms had "
-        f"the same patterns. Seconds of what was done on fewer atoms or contexts are extrapolated. Median over atoms, "
+        f"no gaps, {found['reference_calls'] / n_apart:,.0f} times ({statistics.median(found['reference_s']):.1f} s "
+        f"for the median atom), and {found['same']} of {n_apart} atoms had the same patterns. "
+        "Seconds of what was done on fewer atoms or contexts are extrapolated. Median over atoms, "
         f"on other contexts: recall {found['recall']:.2f}, precision {found['precision']:.2f}, correlation "
         f"{found['correlation']:.2f}."
     )
