@@ -1,7 +1,7 @@
 # make env    a virtual environment in .venv with exactly the versions of requirements.lock
 # make demo   real text and a real language model to a trained autoencoder, tables, SQL and viewer JSON
 # make test   all tests that need no GPU        make check  lint, types, structure, secrets
-# make test-readers  what is exported and imported, against SAELens and sparsify themselves (installs both)
+# make test-readers  what is exported and imported, against SAELens, sparsify and SAEDashboard themselves (installs them)
 # make bench  benchmarks; those for a GPU say so and end   make fmt    format the code
 # make viewer        builds the viewer's bundle (jobs/bundle) from viewer/
 # make check-viewer  its types, and that the bundle is what viewer/ gives   make test-viewer  its tests
@@ -68,8 +68,11 @@ test-long: env $(SERVERS)
 	$(PY) -m pytest -m "long and not gpu" $(PYTEST_ARGS)
 
 # SAELens' and sparsify's own packages, each in an environment of its own: minutes, and gigabytes the first time.
+# SAEDashboard's, which asks for both, without what it asks for: its reader needs none of it.
 test-readers: env
-	SAE_READERS=$${SAE_READERS:-.venv/readers} $(PY) -m pytest -m readers $(PYTEST_ARGS) tests/readers
+	$(PIP) --no-deps --upgrade --target .venv/dashboard sae-dashboard==0.8.0
+	SAE_READERS=$${SAE_READERS:-.venv/readers} PYTHONPATH=.venv/dashboard $(PY) -m pytest -m readers $(PYTEST_ARGS) \
+	    tests/readers tests/jobs/test_exports.py
 
 check: env
 	$(PY) -m ruff check
