@@ -355,7 +355,7 @@ def test_identifiers_are_letters_digits_and_dashes(name: str, id_: str) -> None:
 
 
 @pytest.mark.readers
-@pytest.mark.skipif(importlib.util.find_spec("sae_dashboard") is None, reason="make test-readers installs sae-dashboard")
+@pytest.mark.skipif(importlib.util.find_spec("sae_dashboard") is None, reason="made by make test-readers")
 def test_saedashboards_own_reader_takes_a_batch(small: Small, tmp_path: Path) -> None:
     reader = importlib.import_module("sae_dashboard.neuronpedia.neuronpedia_dashboard").NeuronpediaDashboardBatch
     value = json.loads(only(exported(small, tmp_path, "saedashboard"), "batch-0.json").read_bytes())
