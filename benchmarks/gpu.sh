@@ -8,6 +8,8 @@
 #   mesh       two GPUs: the tests of a mesh's steps, and benchmarks.scaling
 #   ranks      two GPUs: sae train on $LAKE (corpus texts of smollm2) by Ray's actors, of which one is killed, and which
 #              goes on on other meshes, beside one GPU on the same batches
+#   reproduce  benchmarks.reproduction of layers 15 and 7 in $FOLDER, from texts $CORPUS, of which $SAMPLE is explained: side
+#              by side, each on a GPU of its own where there are two; goes on where it was interrupted
 #   measure    the benchmarks whose tables are kept;  live: those of training from tokens (needs transformer_lens)
 # LIMIT (seconds) cuts off each process of a stage. The logs of a stage are LOGS/STAGE*.log.
 set -uo pipefail
@@ -62,6 +64,14 @@ ranks() {
         max(value) filter (metric = 'normalized_mse') as mse from metrics where phase = 'validation' group by all order by 2, 1"
 }
 
+reproduction() {
+    local folder=$FOLDER/$1
+    mkdir -p "$logs/$1"
+    CUDA_VISIBLE_DEVICES=$2 bench reproduction run "$folder" --corpus "$CORPUS" --sample "$SAMPLE" --dtype bfloat16 \
+        --hook "blocks.$1.hook_resid_pre" --tokens "${TOKENS:-24000000}" --lr 1e-3 --side-by-side 6 --actors 4 "${@:3}" &&
+        bench reproduction tell "$folder" --charts "$logs/$1" >"$logs/$1/reproduction.md"
+}
+
 for stage in "$@"; do
     echo "=== $stage, $(date +%T)"
     case $stage in
@@ -96,6 +106,11 @@ for stage in "$@"; do
         bench scaling --losses 100 --rows 4096,768,32768,32@{1\,1,2\,1,1\,2}
         ;;
     ranks) ranks ;;
+    reproduce)
+        reproduction 15 0 &
+        reproduction 7 $(($(nvidia-smi -L | wc -l) - 1)) --l1 --explained 0
+        wait
+        ;;
     measure)
         for name in step encode kernels; do bench "$name" --save "$logs" --rounds 10 --budget 1.5; done
         bench statistics
