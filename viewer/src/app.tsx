@@ -9,7 +9,7 @@ import { Load } from "./parts/load";
 import { hideTip, Tooltip } from "./parts/tooltip";
 import type { Site } from "./schemas";
 import { useKeys } from "./state/keys";
-import { bestMatch, go, link, replace, useRoute, type Route } from "./state/route";
+import { bestMatch, go, link, parse, replace, useRoute, type Route } from "./state/route";
 import { useResource } from "./state/resource";
 import { useTheme } from "./state/theme";
 import { AtomPage, neighbour, type Place } from "./views/atom";
@@ -152,10 +152,12 @@ function Pages({ source, route, site }: { source: Source; route: Route; site: Si
   const named = site.autoencoders.find(({ name }) => name === route.name);
   const entry = named ?? site.autoencoders[0] ?? { name: "", path: "" };
   const place = { source, route, entry };
-  const { view, atom } = route;
+  const { view } = route;
   const step = (by: number) => async (): Promise<void> => {
     const about = await source.about(entry.path, new AbortController().signal).catch(() => null);
-    if (atom !== null) replaceOrGo(link("atom", entry.name, neighbour(about, atom, by), route.params));
+    // Not where the page is, but where the keys before this one have led.
+    const at = parse(window.location.hash);
+    if (at.view === "atom" && at.atom !== null) replaceOrGo(link("atom", entry.name, neighbour(about, at.atom, by), at.params));
   };
   useKeys({
     "?": () => help(true),
@@ -173,7 +175,7 @@ function Pages({ source, route, site }: { source: Source; route: Route; site: Si
   return (
     <>
       <Bar place={place} site={site} onHelp={() => help(true)} />
-      <Boundary place={link(view, route.name, atom, route.params)}>
+      <Boundary place={link(view, route.name, route.atom, route.params)}>
         {unknown ? <Unknown name={route.name ?? ""} site={site} /> : <View place={place} site={site} />}
       </Boundary>
       {helping && <Help close={() => help(false)} />}

@@ -84,6 +84,17 @@ describe.skipIf(!CHROMIUM)("a site in a browser", () => {
     await leave(visit);
   });
 
+  test("keys that follow each other at once each lead on", async () => {
+    const visit = await open("#/atom/letters/2");
+    const { page } = visit;
+    await page.locator(".example-list").waitFor();
+    await page.evaluate(() => {
+      for (const key of ["j", "j", "j", "k", "j"]) window.dispatchEvent(new KeyboardEvent("keydown", { key }));
+    });
+    await page.waitForURL(/letters\/5$/);
+    await leave(visit);
+  });
+
   test("a number that is typed leads to its atom, and keys go on from there", async () => {
     const visit = await open("#/atom/letters/2");
     const { page } = visit;
