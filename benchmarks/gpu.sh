@@ -49,12 +49,24 @@ EOF
 }
 train() { timeout "$limit" python3 -m sae.jobs.cli train "$logs/mesh.yaml" "$@"; }
 checkpoints() { find "$LAKE/checkpoints" -path '*mesh*' -type f 2>/dev/null | wc -l; }
+# Whether a process is one of those that another has started.
+below() {
+    local one=$1
+    while [ "${one:-1}" -gt 1 ]; do
+        [ "$one" != "$2" ] || return 0
+        one=$(ps -o ppid= -p "$one" | tr -d ' ')
+    done
+    return 1
+}
 ranks() {
     mesh_run >"$logs/mesh.yaml"
+    local training rank before
+    before=$(checkpoints)
     train --cluster.dp 2 &
-    until [ "$(checkpoints)" -ge 4 ] || ! kill -0 $! 2>/dev/null; do sleep 0.2; done
-    echo "killing one of: $(pgrep -f 'ray::Trainer' | tr '\n' ' ')"
-    pkill -9 -n -f 'ray::Trainer'
+    training=$!
+    until [ "$(checkpoints)" -ge $((before + 4)) ] || ! kill -0 $training 2>/dev/null; do sleep 0.2; done
+    rank=$(pgrep -f 'ray::Trainer' | while read -r one; do ! below "$one" $training || echo "$one"; done | tail -n 1)
+    if [ -n "$rank" ]; then echo "killing rank $rank" && kill -9 "$rank"; else echo "no rank of the training to kill"; fi
     wait
     train --cluster.tp 2 --training.tokens 16_000_000
     CUDA_VISIBLE_DEVICES=0 train --training.tokens 20_000_000 &

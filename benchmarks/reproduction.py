@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,7 @@ def main() -> None:
 
 
 def middle(values: list[int]) -> int:
+    """Of two in the middle the smaller one."""
     return sorted(values)[(len(values) - 1) // 2]
 
 
@@ -132,8 +133,12 @@ def relu(args: argparse.Namespace, l1: float) -> dict[str, Any]:
 def side_by_side(args: argparse.Namespace, lists: list[list[tuple[str, Path]]]) -> None:
     """Runs lists of commands, each in its order; raises CalledProcessError where one failed, once all have ended."""
     with ThreadPoolExecutor(args.side_by_side) as threads:
-        for ended in [threads.submit(in_order, one) for one in lists]:
-            ended.result()
+        try:
+            for ended in as_completed([threads.submit(in_order, one) for one in lists]):
+                ended.result()
+        except KeyboardInterrupt:
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def in_order(commands: list[tuple[str, Path]]) -> None:

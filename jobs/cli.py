@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any, Final, NoReturn
 
 from sae.jobs import storage
@@ -61,7 +60,7 @@ def run_step(step: str, config: Run) -> None:
     if step in _WRITES_LATE and storage.is_local(config.lake):
         storage.check_writable(config.lake)
     several = config.each() if step in _OF_ONE_AUTOENCODER else [config]
-    with _module("cluster").kept() if len(several) > 1 else nullcontext():
+    with _module("cluster").kept():
         for one in several:
             if len(several) > 1:
                 say(f"{step}: autoencoder {one.autoencoder.name}")

@@ -31,6 +31,8 @@ _keeping = False
 def connected(config: Run) -> Iterator[None]:
     """Ray for the length of the block: the given cluster, the job's own, or a local one that ends with the block.
 
+    Inside of `kept` it lasts as long as that.
+
     A program that has called ray.init itself keeps its Ray, and the block uses it.
     """
     if ray.is_initialized():
@@ -47,7 +49,10 @@ def connected(config: Run) -> Iterator[None]:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Ray that `connected` starts inside of the block lasts until its end: to start it takes seconds, for each step."""
+    """Ray that `connected` starts inside of the block lasts until its end: to start it takes seconds, for each step.
+
+    Where it is lost between two steps, the command ends; the same command goes on.
+    """
     global _keeping
     if _keeping or ray.is_initialized():
         yield

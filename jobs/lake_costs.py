@@ -52,8 +52,8 @@ COPIED: Final = 2e6  # rows, in the order of tokens: 102.5 million in 25 s, besi
 REDUCED: Final = 3.5e6  # rows of top and samples, to examples: 40.8 million in 11.7 s
 PAGED: Final = 2e6  # tokens of examples, to JSON: 209.7 million in 57.5 s with Ray's start
 
-# Tokens that the subject runs for an example, to find its pattern: 64.6 of 250 of the demo's atoms, 84.7 of 1,000.
-PROBED: Final = 65
+# Tokens that the subject runs for an example, to find its pattern: of 1,000 of the demo's atoms 84.7.
+PROBED: Final = 85
 PROBE: Final = 8  # tokens of such a sequence, on average: 8.7
 MATCHED: Final = 55e6  # tokens times atoms, with activations and scores: 19.5 million in 0.35 s, beside other work
 

@@ -4,6 +4,8 @@ Shapes: m sample rows, d features, n latents.
 Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders", appendix A.1.
 """
 
+import hashlib
+
 import torch
 from geom_median.torch import compute_geometric_median
 from torch import Tensor
@@ -82,19 +84,22 @@ def _draw_rows(weight: Tensor, tp: Group, generator: torch.Generator | None) -> 
     normalise_rows_(weight)
 
 
-_latest: list[tuple[Tensor, Tensor]] = []
+_latest: dict[bytes, Tensor] = {}
 
 
 def geometric_median(points: Tensor) -> Tensor:
     """Return the point [d] with the least mean distance from points [m, d], in float32.
 
-    It takes seconds, and autoencoders that are trained side by side start from the same points: the last are known.
+    It takes seconds, and autoencoders that are trained side by side start from the same points: the last is known.
     """
     points = points.float().cpu()
-    if not _latest or not torch.equal(_latest[0][0], points):
-        found = compute_geometric_median(points, skip_typechecks=True, ftol=MEDIAN_TOLERANCE).median
-        _latest[:] = [(points, found)]
-    return _latest[0][1].clone()
+    key = hashlib.sha256(points.numpy().tobytes()).digest()
+    median = _latest.get(key)
+    if median is None:
+        median = compute_geometric_median(points, skip_typechecks=True, ftol=MEDIAN_TOLERANCE).median
+        _latest.clear()
+        _latest[key] = median
+    return median.clone()
 
 
 def _probe_norm(autoencoder: Autoencoder, generator: torch.Generator | None) -> float:

@@ -1,4 +1,4 @@
-"""Products of dense latents and weights in bfloat16 with float32 sums, as training on a GPU takes them.
+"""Products of dense latents and weights in bfloat16, on a GPU with float32 sums, as training takes them there.
 
 Shapes: B rows, m columns of the first matrix, n of the second.
 """
@@ -16,7 +16,7 @@ def rounded_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def wide(a: Tensor, b: Tensor) -> Tensor:
-    """Matrix product of two tensors of the type of products, in that of master weights."""
+    """Matrix product of two tensors of the type of products, on a GPU in that of master weights."""
     if a.is_cuda and a.dtype != torch.float64:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

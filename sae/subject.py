@@ -75,9 +75,13 @@ def fingerprint(
     layers: int | None = None,
     dtype: str = "float32",
     masked_positions: Sequence[int] = (),
+    config: Any = None,
 ) -> str:
-    """The fingerprint of a subject that is loaded with these, told without loading it."""
-    config = load_config(model)
+    """The fingerprint of a subject that is loaded with these, told without loading it.
+
+    `config` is the model's, where that is loaded already: a hub may have another one by now.
+    """
+    config = config if config is not None else load_config(model)
     n_layers = int(config.get_text_config().num_hidden_layers)
     identity = {
         "model": weights_identity(model, config),
@@ -170,7 +174,13 @@ class Subject:
             bos_id=tokenizer.bos_token_id,
             masked_positions=_sorted(masked_positions),
             fingerprint=fingerprint(
-                model, hook, output_hook=output_hook, layers=layers, dtype=dtype, masked_positions=masked_positions
+                model,
+                hook,
+                output_hook=output_hook,
+                layers=layers,
+                dtype=dtype,
+                masked_positions=masked_positions,
+                config=config,
             ),
             complete=layers in (None, n_layers),
             bridge=bridge,

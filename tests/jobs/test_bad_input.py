@@ -212,10 +212,8 @@ def test_an_unwritable_lake(finished: Lab, lab: Lab, small_disk: Path) -> None:
 
 
 @pytest.mark.slow
-def test_actors_on_an_unwritable_lake(tokenized: Lab, one_ray: None, small_disk: Path) -> None:
-    there = tokenized.copy(small_disk)
-    remount_read_only(small_disk)
-    refused(there, "train", "cannot write", str(there.lake))
+def test_what_a_training_worker_finds_wrong_is_told(tokenized: Lab, one_ray: None) -> None:
+    refused(tokenized, "train", "hook", "blocks.7.hook_resid_pre", subject__hook="blocks.7.hook_resid_pre")
 
 
 # Enough for none or for some of the files of a commit.

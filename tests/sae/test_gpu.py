@@ -40,15 +40,30 @@ def test_training_equals_the_cpu() -> None:
         torch.testing.assert_close(found[name].cpu(), value, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("activation", [BatchTopK(8), GroupMax(8), JumpReLU(), ReLU()], ids=lambda one: one.name)
-def test_products_of_dense_latents_are_rounded_no_more_than_those_of_kernels(activation: Activation) -> None:
-    data = torch.randn(30 * 256, 64, generator=torch.Generator().manual_seed(1))
-    losses = []
+@pytest.mark.parametrize(
+    ("activation", "tied"),
+    [(BatchTopK(4), False), (GroupMax(8), False), (JumpReLU(), False), (ReLU(), False), (TopK(8), True)],
+)
+def test_products_of_dense_latents_are_rounded(
+    activation: Activation, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, and change the losses by no more than bfloat16's eight bits do."""
+    rounded: list[bool] = []
+    product = Autoencoder.encode_pre_act
+
+    def noted(model: Autoencoder, x: torch.Tensor) -> torch.Tensor:
+        rounded.append(model.rounds)
+        return product(model, x)
+
+    monkeypatch.setattr(Autoencoder, "encode_pre_act", noted)
+    data, losses = torch.randn(30 * 256, 64, generator=torch.Generator().manual_seed(1)), []
     for device, dtype in (("cpu", torch.float64), ("cuda", torch.float32)):
-        model = Autoencoder(256, 64, activation, normalize=True).to(dtype)
+        model = Autoencoder(256, 64, activation, tied=tied, normalize=True).to(dtype)
         scale = initialise(model, data, torch.Generator().manual_seed(0))
         train = TrainStep(model.to(device), StepConfig(mse_scale=scale, sparsity_coef=1e-3))
+        rounded.clear()
         losses.append(torch.stack([train.step(x.to(device), 1e-3)["loss"].cpu().double() for x in data.split(256)]))
+        assert set(rounded) == {device == "cuda"}
         assert not model.rounds
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-2, atol=0)
     assert losses[0][-1] < losses[0][0]

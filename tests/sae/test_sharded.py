@@ -77,6 +77,7 @@ CASES = {
     "more latents a row than a rank has": Case(activation=TopK(9)),
     "relu": Case(activation=ReLU(), config=replace(CONFIG, sparsity_coef=0.01)),
     "batch-topk, with ties and silent latents": Case(activation=BatchTopK(4), normalize=True, every_tying=5, silent=20),
+    "batch-topk of so few that most groups hold none": Case(activation=BatchTopK(1)),
     "group-max, clipped": Case(activation=GroupMax(8), config=replace(CONFIG, clip=0.4), silent=9),
     "jump-relu": Case(activation=JumpReLU(1.0, 0.5), config=replace(CONFIG, sparsity_coef=0.01, clip=0.4)),
     "nested topk": Case(nested=(5, 31), silent=9),
