@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     submit = _add(commands, "submit", "a step as a job of a Ray cluster", _submit, "step", "config")
     submit.add_argument("--address", metavar="URL", help="the job API; http://127.0.0.1:8265 when absent")
     demo = commands.add_parser("demo", help="a small run from real text to answers, in ./demo")
-    demo.set_defaults(command=lambda _: importlib.import_module("sae.jobs.demo").main(run_step))
+    demo.set_defaults(command=lambda _: _module("demo").main(run_step))
     _add(commands, "status", "what a lake holds", _lake_command("status"), "lake")
     _add(commands, "verify", "read every file and compare it with its checksum", _lake_command("verify"), "lake")
     sql = _add(commands, "sql", "a query over a lake's tables", _lake_command("sql"), "lake")
@@ -198,15 +198,15 @@ def _module(name: str) -> Any:
 
 
 def _lake_command(name: str) -> Callable[[argparse.Namespace], Any]:
-    return lambda given: getattr(importlib.import_module("sae.jobs.lake_commands"), name)(given)
+    return lambda given: getattr(_module("lake_commands"), name)(given)
 
 
 def _plan(given: argparse.Namespace) -> None:
-    importlib.import_module("sae.jobs.plan").plan(given, _config(given))
+    _module("plan").plan(given, _config(given))
 
 
 def _import(given: argparse.Namespace) -> None:
-    importlib.import_module("sae.jobs.importing").run(_config(given), given.source, given.offline)
+    _module("importing").run(_config(given), given.source, given.offline)
 
 
 def _submit(given: argparse.Namespace) -> None:

@@ -54,7 +54,7 @@ PAGED: Final = 2e6  # tokens of examples, to JSON: 209.7 million in 57.5 s with 
 
 # Tokens that the subject runs for an example, to find its pattern: of 1,000 of the demo's atoms 84.7.
 PROBED: Final = 85
-PROBE: Final = 8  # tokens of such a sequence, on average: 8.7
+PROBE: Final = 8  # tokens of such a sequence, on average: 8.7 to 9.6
 MATCHED: Final = 55e6  # tokens times atoms, with activations and scores: 19.5 million in 0.35 s, beside other work
 
 # Of one GPU: an H200, with SmolLM2 to block 15 and 32,768 latents.
